@@ -1,0 +1,52 @@
+# Two commands do everything on a machine with Python 3.10 or later and a C++ compiler:
+#   make demo   train on the sample series, export, run everywhere, agreement table, plot
+#   make test   all checks and tests
+# PYTHON picks the interpreter. TORCH picks the torch to install: pip takes a CPU build of it where it can find one.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+# Tools that the build calls by name are the ones in the environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
+CXX_FILES = $(shell find csrc examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
+
+.PHONY: demo test venv lint format clean
+
+venv: .venv/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	  { echo "error: expected Python 3.10 or later; got $$($(PYTHON) --version); set PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+# Torch first, alone, so that nothing else chooses its build; then without isolation, so that the build uses that one.
+.venv/.dependencies: Makefile pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
+	@touch $@
+
+.venv/.installed: .venv/.dependencies $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[test]"
+	@touch $@
+
+demo: venv
+	@mkdir -p demo
+	@$(BIN)/python examples/demo.py demo
+
+test: venv lint
+	$(BIN)/pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf .venv build demo

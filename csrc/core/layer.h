@@ -1,0 +1,99 @@
+/// One LSTM layer over a whole sequence, forward and backward, on raw pointers.
+///
+/// For each step, with gate order i, f, g, o (Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al.
+/// 2000, as in torch.nn.LSTM):
+///   i, f, o = sigmoid(W x + b_ih + U h + b_hh),  g = tanh(the same),  c = f c + i g,  h = o tanh(c).
+///
+/// Nothing here allocates or throws: scratch memory is the caller's, and sizes are checked by the callers.
+#pragma once
+
+#include <cstddef>
+
+#include "core/pack.h"
+
+namespace cellstep {
+namespace core {
+
+/// A (steps, batch, features) array that is read through its strides, counted in values.
+template <class T>
+struct SequenceView {
+    const T* data;
+    std::ptrdiff_t step_stride;
+    std::ptrdiff_t row_stride;
+    std::ptrdiff_t feature_stride;
+};
+
+/// A (steps, batch, features) array that is written; the features of a row are contiguous.
+template <class T>
+struct SequenceTarget {
+    T* data;
+    std::ptrdiff_t step_stride;
+    std::ptrdiff_t row_stride;
+};
+
+template <class T>
+struct LayerForward {
+    std::size_t steps;
+    std::size_t batch;
+    std::size_t input_size;
+    std::size_t hidden_size;
+    const T* packed;         ///< packed_size(input_size, hidden_size) values, see pack.h
+    SequenceView<T> x;       ///< (steps, batch, input_size)
+    const T* offset;         ///< null, or input_size values taken from x first
+    const T* scale;          ///< null, or input_size values that multiply what is left
+    const T* h;              ///< (batch, hidden_size) before the first step; must not lie in y
+    T* c;                    ///< (batch, hidden_size), updated in place
+    SequenceTarget<T> y;     ///< (steps, batch, hidden_size)
+    T* gates;                ///< null, or (steps, batch, 4 hidden_size): activated i, f, g, o for backward
+    T* cells;                ///< null exactly where gates is, or (steps, batch, hidden_size): c of every step
+};
+
+/// Values of scratch memory that layer_forward needs for a call of this size.
+std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size);
+
+/// Runs a layer: the input projection of all steps as one matrix product, then the recurrence. Every gate sum is
+/// one chain of multiply-adds over bias, inputs and hidden values, so no bit of the result hangs on how a sequence
+/// is cut into calls or on which other rows are in the batch.
+template <class T>
+void layer_forward(const LayerForward<T>& layer, T* scratch);
+
+template <class T>
+struct LayerBackward {
+    std::size_t steps;
+    std::size_t batch;
+    std::size_t input_size;
+    std::size_t hidden_size;
+    MatrixView<T> weight_ih;  ///< (4 hidden_size, input_size), columns contiguous
+    MatrixView<T> weight_hh;  ///< (4 hidden_size, hidden_size), columns contiguous
+    const T* x;               ///< (steps, batch, input_size), contiguous like all that follow
+    const T* h0;              ///< (batch, hidden_size)
+    const T* c0;              ///< (batch, hidden_size)
+    const T* y;               ///< (steps, batch, hidden_size)
+    const T* gates;           ///< (steps, batch, 4 hidden_size), as saved by layer_forward
+    const T* cells;           ///< (steps, batch, hidden_size), as saved by layer_forward
+    const T* grad_y;          ///< (steps, batch, hidden_size)
+    T* grad_h;                ///< (batch, hidden_size): in for the last h, out for h0
+    T* grad_c;                ///< (batch, hidden_size): in for the last c, out for c0
+    T* grad_x;                ///< (steps, batch, input_size), out
+    T* grad_weight_ih;        ///< (4 hidden_size, input_size), out
+    T* grad_weight_hh;        ///< (4 hidden_size, hidden_size), out
+    T* grad_bias;             ///< (4 hidden_size), out: the gradient of either bias
+    T* grad_gates;            ///< (steps, batch, 4 hidden_size), scratch
+};
+
+/// Backward through layer_forward: one sweep back in time, then the large products over all steps at once.
+template <class T>
+void layer_backward(const LayerBackward<T>& layer);
+
+/// y = x W^T + b for `rows` rows, each sum in order of the inputs. `packed` is a (1 + in_size, out_size) matrix: the
+/// bias, then the transposed weight.
+template <class T>
+void dense_forward(std::size_t rows, std::size_t in_size, std::size_t out_size, const T* packed, const T* x,
+                   std::ptrdiff_t x_stride, T* y, std::ptrdiff_t y_stride);
+
+/// Writes (1 + in_size) * out_size values to `packed`; weight is (out_size, in_size), bias may be null.
+template <class T>
+void pack_dense(std::size_t in_size, std::size_t out_size, MatrixView<T> weight, const T* bias, T* packed);
+
+}  // namespace core
+}  // namespace cellstep

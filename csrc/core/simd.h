@@ -1,0 +1,145 @@
+/// The vector types of the instruction set that a file is compiled for.
+///
+/// Everything here lies in `cellstep::core::CELLSTEP_ISA`, a namespace named after the instruction set
+/// (`baseline`, `avx2`, `avx512`): the same source is compiled once for each, and without a name of its own
+/// the linker would merge the copies and could keep the one that the machine cannot run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifndef CELLSTEP_ISA
+#define CELLSTEP_ISA baseline
+#endif
+
+#if !defined(CELLSTEP_STRICT)
+#if defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA))
+#include <arm_neon.h>
+#endif
+#endif
+
+namespace cellstep {
+namespace core {
+namespace CELLSTEP_ISA {
+
+/// Bytes of the widest vector register.
+#if defined(__AVX512F__)
+constexpr int native_bytes = 64;
+#elif defined(__AVX__)
+constexpr int native_bytes = 32;
+#else
+constexpr int native_bytes = 16;
+#endif
+
+template <class T, int Lanes>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(Lanes * sizeof(T))));
+};
+
+/// A vector of `Lanes` values of T, with the operators of the compiler's vector extension.
+template <class T, int Lanes>
+using Vector = typename VectorOf<T, Lanes>::type;
+
+template <class T>
+constexpr int native_lanes = native_bytes / static_cast<int>(sizeof(T));
+
+template <class V, class T>
+inline V load(const T* source) {
+    V value;
+    __builtin_memcpy(&value, source, sizeof(V));
+    return value;
+}
+
+template <class V, class T>
+inline void store(T* target, V value) {
+    __builtin_memcpy(target, &value, sizeof(V));
+}
+
+/// Subtracting zero keeps the sign of a negative zero, which adding zero would lose.
+template <class V, class T>
+inline V broadcast(T value) {
+    return value - V{};
+}
+
+template <class To, class From>
+inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+    To to;
+    __builtin_memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+/// a * b + c, rounded once where the instruction set has a fused multiply-add and twice where it has not.
+/// The files are compiled with -ffp-contract=off, so nothing else is ever fused: the sums are the same bits
+/// whatever the compiler's taste.
+template <class V>
+inline V fma(V a, V b, V c) {
+    return a * b + c;
+}
+
+#if !defined(CELLSTEP_STRICT)
+#if defined(__FMA__)
+#if defined(__AVX512F__)
+template <>
+inline Vector<float, 16> fma(Vector<float, 16> a, Vector<float, 16> b, Vector<float, 16> c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+template <>
+inline Vector<double, 8> fma(Vector<double, 8> a, Vector<double, 8> b, Vector<double, 8> c) {
+    return _mm512_fmadd_pd(a, b, c);
+}
+#endif
+template <>
+inline Vector<float, 8> fma(Vector<float, 8> a, Vector<float, 8> b, Vector<float, 8> c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+template <>
+inline Vector<double, 4> fma(Vector<double, 4> a, Vector<double, 4> b, Vector<double, 4> c) {
+    return _mm256_fmadd_pd(a, b, c);
+}
+template <>
+inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
+    return _mm_fmadd_ps(a, b, c);
+}
+template <>
+inline Vector<double, 2> fma(Vector<double, 2> a, Vector<double, 2> b, Vector<double, 2> c) {
+    return _mm_fmadd_pd(a, b, c);
+}
+#elif defined(__aarch64__) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA))
+template <>
+inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
+    return vfmaq_f32(c, a, b);
+}
+#if defined(__aarch64__)
+template <>
+inline Vector<double, 2> fma(Vector<double, 2> a, Vector<double, 2> b, Vector<double, 2> c) {
+    return vfmaq_f64(c, a, b);
+}
+#endif
+#elif defined(__FP_FAST_FMAF)
+template <>
+inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
+    for (int lane = 0; lane < 4; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return c;
+}
+#endif
+
+#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF)
+template <>
+inline float fma(float a, float b, float c) {
+    return __builtin_fmaf(a, b, c);
+}
+#endif
+#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMA)
+template <>
+inline double fma(double a, double b, double c) {
+    return __builtin_fma(a, b, c);
+}
+#endif
+#endif
+
+}  // namespace CELLSTEP_ISA
+}  // namespace core
+}  // namespace cellstep

@@ -1,0 +1,41 @@
+// A cell step is a layer of one step: it takes the same kernel, so that it gives the same bits.
+#include "ops/operators.h"
+
+namespace cellstep {
+namespace ops {
+
+namespace {
+
+/// (N, K) as (1, N, K), or back.
+Tensor as_step(const Tensor& tensor) { return torch::stable::unsqueeze(tensor, 0); }
+Tensor as_cell(const Tensor& tensor) { return torch::stable::squeeze(tensor, 0); }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> lstm_cell(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh,
+                                             std::optional<Tensor> bias_ih, std::optional<Tensor> bias_hh, bool save) {
+    check_input("lstm_cell", "x", x, 2);
+    const auto [y, h_n, c_n, gates, cells] =
+        lstm_layer(as_step(x), h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
+    return {h_n, c_n, save ? as_cell(gates) : gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_backward(Tensor grad_h, Tensor grad_c, Tensor x,
+                                                                              Tensor h, Tensor c, Tensor weight_ih,
+                                                                              Tensor weight_hh, Tensor c_next,
+                                                                              Tensor gates) {
+    const char* op = "lstm_cell_backward";
+    check_input(op, "x", x, 2);
+    check_input(op, "gates", gates, 2);
+    check_input(op, "c_next", c_next, 2);
+    check_input(op, "grad_h", grad_h, 2);
+    // The output of the one step is its last h: all of grad_h comes in there, and none by way of the sequence.
+    const Tensor none = torch::stable::new_zeros(grad_h, {1, grad_h.size(0), grad_h.size(1)});
+    auto [grad_x, grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias] =
+        lstm_layer_backward(none, grad_h, grad_c, as_step(x), h, c, weight_ih, weight_hh, as_step(c_next),
+                            as_step(gates), as_step(c_next));
+    return {as_cell(grad_x), grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias};
+}
+
+}  // namespace ops
+}  // namespace cellstep

@@ -1,0 +1,35 @@
+#include "cellstep/ops.h"
+#include "ops/operators.h"
+
+STABLE_TORCH_LIBRARY(cellstep, library) {
+    library.def(
+        "lstm_cell(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+        "Tensor? bias_hh, bool save) -> (Tensor, Tensor, Tensor)");
+    library.def(
+        "lstm_cell_backward(Tensor grad_h, Tensor grad_c, Tensor x, Tensor h, Tensor c, Tensor weight_ih, "
+        "Tensor weight_hh, Tensor c_next, Tensor gates) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    library.def(
+        "lstm_layer(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+        "Tensor? bias_hh, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    library.def(
+        "lstm_layer_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor x, Tensor h, Tensor c, "
+        "Tensor weight_ih, Tensor weight_hh, Tensor y, Tensor gates, Tensor cells) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    library.def("dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+    library.def(
+        "run_model(Tensor image, Tensor x, Tensor h, Tensor c, int output_size, bool last_only) "
+        "-> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cellstep, CPU, library) {
+    library.impl("lstm_cell", TORCH_BOX(&cellstep::ops::lstm_cell));
+    library.impl("lstm_cell_backward", TORCH_BOX(&cellstep::ops::lstm_cell_backward));
+    library.impl("lstm_layer", TORCH_BOX(&cellstep::ops::lstm_layer));
+    library.impl("lstm_layer_backward", TORCH_BOX(&cellstep::ops::lstm_layer_backward));
+    library.impl("dense", TORCH_BOX(&cellstep::ops::dense));
+    library.impl("run_model", TORCH_BOX(&cellstep::ops::run_model));
+}
+
+int cellstep_register_ops(void) { return 1; }
+
+const char* cellstep_ops_version(void) { return CELLSTEP_VERSION_STRING; }

@@ -1,0 +1,137 @@
+/// The bridge from stable tensors to the core's pointers: checks, allocation, views. Every use of torch's stable ABI
+/// outside the registration goes through this header.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "core/layer.h"
+
+namespace cellstep {
+namespace ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+    std::ostringstream text;
+    (text << ... << parts);
+    throw std::runtime_error(text.str());
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+    std::ostringstream text;
+    text << "(";
+    for (std::int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "") << tensor.size(dim);
+    text << ")";
+    return text.str();
+}
+
+inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }
+
+inline const char* dtype_text(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        default:
+            return "another type";
+    }
+}
+
+/// The input that decides dtype and device; `op` names the operator in every error.
+inline void check_input(const char* op, const char* name, const Tensor& x, std::int64_t dim) {
+    if (!x.is_cpu()) fail(op, ": expected ", name, " on the CPU, got another device: move it with .cpu()");
+    if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)
+        fail(op, ": expected ", name, " of float32 or float64, got ", dtype_text(x), ": convert it with .float()");
+    if (x.dim() != dim) fail(op, ": expected ", name, " with ", dim, " dimensions, got shape ", shape_text(x));
+}
+
+/// An argument that must match the input's dtype and device and have the sizes that the other arguments imply.
+inline void check_argument(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
+                           std::initializer_list<std::int64_t> sizes) {
+    if (!tensor.is_cpu()) fail(op, ": expected ", name, " on the CPU like the input, got another device: move it");
+    if (tensor.scalar_type() != x.scalar_type())
+        fail(op, ": expected ", name, " of ", dtype_text(x), " like the input, got ", dtype_text(tensor),
+             ": convert one of them");
+    bool fits = tensor.dim() == static_cast<std::int64_t>(sizes.size());
+    std::int64_t dim = 0;
+    for (const std::int64_t size : sizes) fits = fits && tensor.size(dim++) == size;
+    if (fits) return;
+    std::ostringstream expected;
+    const char* separator = "(";
+    for (const std::int64_t size : sizes) {
+        expected << separator << size;
+        separator = ", ";
+    }
+    fail(op, ": expected ", name, " of shape ", expected.str(), "), got ", shape_text(tensor),
+         ": check the sizes of input, state and weights");
+}
+
+/// An uninitialised contiguous tensor of x's dtype, straight from the allocator and past the dispatcher.
+inline Tensor empty(const Tensor& x, std::initializer_list<std::int64_t> sizes) {
+    std::int64_t strides[8];
+    std::int64_t stride = 1;
+    const std::size_t dims = sizes.size();
+    for (std::size_t dim = dims; dim-- > 0;) {
+        strides[dim] = stride;
+        const std::int64_t size = sizes.begin()[dim];
+        stride *= size > 0 ? size : 1;
+    }
+    std::int32_t dtype = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(dims), sizes.begin(), strides,
+                                                           dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
+/// The tensor itself, or a contiguous copy.
+inline Tensor as_contiguous(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+/// A contiguous copy, also of a tensor that is contiguous already.
+inline Tensor copy_of(const Tensor& tensor) { return torch::stable::clone(as_contiguous(tensor)); }
+
+template <class T>
+const T* data(const Tensor& tensor) {
+    return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+core::MatrixView<T> matrix(const Tensor& tensor) {
+    return {data<T>(tensor), static_cast<std::ptrdiff_t>(tensor.stride(0)),
+            static_cast<std::ptrdiff_t>(tensor.stride(1))};
+}
+
+inline std::size_t size(const Tensor& tensor, std::int64_t dim) { return static_cast<std::size_t>(tensor.size(dim)); }
+
+/// Scratch memory of a call, uninitialised.
+template <class T>
+std::unique_ptr<T[]> scratch(std::size_t count) {
+    return std::unique_ptr<T[]>(new T[count]);
+}
+
+}  // namespace ops
+}  // namespace cellstep

@@ -1,0 +1,132 @@
+/**
+ * cellstep/runtime.h: run a `.cellstep` deploy file without torch.
+ *
+ * A model is read-only and can be shared by any number of sessions on any threads. A session is one stream: it
+ * carries the state (h, c) of every layer, and belongs to one thread at a time. Values are float32 in the units of
+ * the data the model was trained on: scaling lies in the file.
+ *
+ *     cellstep_model* model;
+ *     cellstep_session* session;
+ *     if (cellstep_model_load_file("m.cellstep", &model) != CELLSTEP_OK) ...
+ *     if (cellstep_session_create(model, &session) != CELLSTEP_OK) ...
+ *     cellstep_session_step(session, x, y);
+ */
+#ifndef CELLSTEP_RUNTIME_H
+#define CELLSTEP_RUNTIME_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#if defined(CELLSTEP_RUNTIME_BUILD)
+#define CELLSTEP_API __declspec(dllexport)
+#elif defined(CELLSTEP_RUNTIME_SHARED)
+#define CELLSTEP_API __declspec(dllimport)
+#else
+#define CELLSTEP_API
+#endif
+#else
+#define CELLSTEP_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/** A loaded and checked deploy file. */
+typedef struct cellstep_model cellstep_model;
+/** One stream through a model, with its state. */
+typedef struct cellstep_session cellstep_session;
+
+/** What a call came to. Every value has a text: see cellstep_status_text. */
+typedef enum cellstep_status {
+    CELLSTEP_OK = 0,
+    CELLSTEP_ERROR_ARGUMENT = 1,  /**< a pointer is null or a count is out of range */
+    CELLSTEP_ERROR_MEMORY = 2,    /**< not enough memory */
+    CELLSTEP_ERROR_FILE = 3,      /**< the file cannot be opened or read */
+    CELLSTEP_ERROR_MAGIC = 4,     /**< not a deploy file */
+    CELLSTEP_ERROR_VERSION = 5,   /**< a deploy file of a version that this build does not know */
+    CELLSTEP_ERROR_LENGTH = 6,    /**< shorter or longer than its header says */
+    CELLSTEP_ERROR_CHECKSUM = 7,  /**< the checksum does not fit the bytes */
+    CELLSTEP_ERROR_FORMAT = 8,    /**< the records contradict each other or the header */
+    CELLSTEP_ERROR_DTYPE = 9,     /**< the weights are not float32 */
+    CELLSTEP_ERROR_NONFINITE = 10, /**< a weight is NaN or infinite */
+    CELLSTEP_ERROR_ALIGNMENT = 11, /**< memory that is used in place is not aligned to 8 bytes */
+    CELLSTEP_ERROR_SELFTEST = 12   /**< the test vector in the file gives other numbers on this machine */
+} cellstep_status;
+
+/** One line on what a status means and what to do; never null, also for an unknown value. */
+CELLSTEP_API const char* cellstep_status_text(cellstep_status status);
+
+/** Version of this library, as "0.1.0". */
+CELLSTEP_API const char* cellstep_version(void);
+
+/** Instruction set in use: "baseline", "avx2", "avx512" or "native". */
+CELLSTEP_API const char* cellstep_instruction_set(void);
+
+/** Loads a deploy file. On success *model is to be destroyed by the caller; on failure it is null. */
+CELLSTEP_API cellstep_status cellstep_model_load_file(const char* path, cellstep_model** model);
+
+/** Loads a deploy file from memory. The bytes are copied, so they need no alignment and may go away. */
+CELLSTEP_API cellstep_status cellstep_model_load_memory(const void* data, size_t size, cellstep_model** model);
+
+/** Loads a deploy file in place (flash, a mapped file): `data`, aligned to 8 bytes, must outlive the model. */
+CELLSTEP_API cellstep_status cellstep_model_load_in_place(const void* data, size_t size, cellstep_model** model);
+
+/** Destroys a model; null is allowed. Its sessions must be gone. */
+CELLSTEP_API void cellstep_model_destroy(cellstep_model* model);
+
+/** What a model is. Sizes are counts of values. */
+typedef struct cellstep_model_info {
+    uint32_t input_size;  /**< values in x, one time step */
+    uint32_t output_size; /**< values in y */
+    uint32_t num_layers;  /**< LSTM layers */
+    uint32_t hidden_size; /**< units in each layer; h and c are (num_layers, hidden_size) each */
+    uint32_t window;      /**< steps that the model was trained to see before a forecast; 0: not said */
+    uint32_t horizon;     /**< steps from the last input to the moment forecast; 0: not said */
+} cellstep_model_info;
+
+CELLSTEP_API cellstep_status cellstep_model_get_info(const cellstep_model* model, cellstep_model_info* info);
+
+/** Name of input column `index`, or null where the file has no names or the index is out of range. */
+CELLSTEP_API const char* cellstep_model_feature_name(const cellstep_model* model, size_t index);
+
+/** Name of output column `index`, or null likewise. */
+CELLSTEP_API const char* cellstep_model_output_name(const cellstep_model* model, size_t index);
+
+/**
+ * Replays the test vector that lies in the file. *error, if not null, receives the largest difference, in the
+ * output's units. CELLSTEP_OK also for a file without a test vector, with *error set to -1.
+ */
+CELLSTEP_API cellstep_status cellstep_model_selftest(const cellstep_model* model, float* error);
+
+/** Creates a session with all states zero. The model must outlive it. This is the only call that allocates. */
+CELLSTEP_API cellstep_status cellstep_session_create(const cellstep_model* model, cellstep_session** session);
+
+/** Destroys a session; null is allowed. */
+CELLSTEP_API void cellstep_session_destroy(cellstep_session* session);
+
+/** Moves one time step: x (input_size) in, y (output_size) out. */
+CELLSTEP_API cellstep_status cellstep_session_step(cellstep_session* session, const float* x, float* y);
+
+/** Moves `steps` time steps: x (steps, input_size) in, y (steps, output_size) out. To the bit as many single steps. */
+CELLSTEP_API cellstep_status cellstep_session_run(cellstep_session* session, const float* x, size_t steps, float* y);
+
+/** The same, but y (output_size) is the output of the last step alone. `steps` must be at least 1. */
+CELLSTEP_API cellstep_status cellstep_session_forecast(cellstep_session* session, const float* x, size_t steps,
+                                                       float* y);
+
+/** Sets all states to zero. */
+CELLSTEP_API cellstep_status cellstep_session_reset(cellstep_session* session);
+
+/** Copies the state out: h and c, (num_layers, hidden_size) each. */
+CELLSTEP_API cellstep_status cellstep_session_get_state(const cellstep_session* session, float* h, float* c);
+
+/** Copies a state in. */
+CELLSTEP_API cellstep_status cellstep_session_set_state(cellstep_session* session, const float* h, const float* c);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

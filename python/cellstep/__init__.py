@@ -1,0 +1,49 @@
+"""cellstep: one LSTM, everywhere it has to run.
+
+The names below are loaded when they are first used, so that ``import cellstep.runtime`` never imports torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cellstep import convert, nn, ops, runtime
+    from cellstep.artifact import load
+    from cellstep.export import export, load_model, save
+    from cellstep.verify import verify
+
+__version__ = version("cellstep")
+
+#: Give this to CMake as CMAKE_PREFIX_PATH, and ``find_package(cellstep)`` finds the headers and libraries.
+cmake_prefix_path = str(Path(__file__).parent)
+
+__all__ = [
+    "cmake_prefix_path",
+    "convert",
+    "export",
+    "load",
+    "load_model",
+    "nn",
+    "ops",
+    "runtime",
+    "save",
+    "verify",
+]
+
+_FUNCTIONS = {
+    "export": "cellstep.export",
+    "load": "cellstep.artifact",
+    "load_model": "cellstep.export",
+    "save": "cellstep.export",
+    "verify": "cellstep.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(import_module(_FUNCTIONS[name]), name)
+    if name in ("convert", "nn", "ops", "runtime"):
+        return import_module(f"cellstep.{name}")
+    raise AttributeError(f"module 'cellstep' has no attribute {name!r}")

@@ -1,0 +1,82 @@
+"""The ``.safetensors`` file for people and hubs: torch's parameter names, the configuration in the metadata."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+
+import cellstep
+from cellstep.export.files import replacing
+from cellstep.nn import Forecaster
+
+_KEY = "cellstep"
+
+
+def save(model: Forecaster, path: str | os.PathLike[str]) -> None:
+    """Write weights, scaling and configuration.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    config = {
+        "version": cellstep.__version__,
+        "input_size": model.input_size,
+        "hidden_size": model.hidden_size,
+        "num_layers": model.num_layers,
+        "output_size": model.output_size,
+        "dropout": model.lstm.dropout,
+        "feature_names": model.feature_names,
+        "output_names": model.output_names,
+        "window": model.window,
+        "horizon": model.horizon,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(Path(path)) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(config)})
+
+
+def load_model(path: str | os.PathLike[str]) -> Forecaster:
+    """Read what :func:`save` wrote, as a model in training mode.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no safetensors file, or not one of a cellstep model, or its parts contradict each other.
+    """
+    name = os.fspath(path)
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"expected a .safetensors file at '{name}'; there is none; check the path")
+    try:
+        with safetensors.safe_open(name, framework="pt") as file:  # type: ignore[no-untyped-call]
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"expected a safetensors file; '{name}' is none or is damaged: {error}") from None
+    if _KEY not in metadata:
+        raise ValueError(f"expected a model saved by cellstep; '{name}' has no cellstep metadata; save it by cellstep.save")
+    try:
+        config: dict[str, Any] = json.loads(metadata[_KEY])
+        # On the meta device nothing is allocated, so that sizes out of a damaged file cost nothing.
+        model = Forecaster(
+            config["input_size"],
+            config["hidden_size"],
+            config["num_layers"],
+            config["output_size"],
+            dropout=config["dropout"],
+            device="meta",
+        )
+        model.load_state_dict(tensors, assign=True)
+        model.requires_grad_(True)
+        for key in ("feature_names", "output_names"):
+            setattr(model, key, [str(column) for column in config[key]])
+        model.window = int(config["window"])
+        model.horizon = int(config["horizon"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"expected weights and configuration that fit; '{name}' is damaged: {reason}") from None
+    if len({tensor.dtype for tensor in tensors.values()}) != 1:
+        raise ValueError(f"expected one dtype throughout; '{name}' mixes several; save the model again")
+    return model
+
