@@ -9,6 +9,21 @@ namespace cellstep {
 namespace core {
 namespace CELLSTEP_ISA {
 
+/// Loads and stores of a vector whose last lanes may lie past the end of the row.
+template <class V, class T>
+inline V load_part(const T* source, std::size_t count) {
+    if (count >= sizeof(V) / sizeof(T)) return load<V>(source);
+    V value{};
+    for (std::size_t lane = 0; lane < count; ++lane) value[lane] = source[lane];
+    return value;
+}
+
+template <class V, class T>
+inline void store_part(T* target, V value, std::size_t count) {
+    if (count >= sizeof(V) / sizeof(T)) return store(target, value);
+    for (std::size_t lane = 0; lane < count; ++lane) target[lane] = value[lane];
+}
+
 /// A block of Rows by Vectors registers of C stays in registers over the whole depth.
 template <class T, int Rows, int Vectors>
 inline void product_tile(const Product<T>& p, std::size_t row, std::size_t column) {
@@ -56,6 +71,34 @@ inline void product_columns(const Product<T>& p, std::size_t column) {
     }
 }
 
+/// The last columns, fewer than a vector: a chunk of B at a time is copied to whole, zero-padded vectors, so that they
+/// take the same tile. C is stored between chunks, which changes no bit of the sums.
+template <class T>
+inline void product_tail(const Product<T>& p, std::size_t column) {
+    constexpr std::size_t lanes = static_cast<std::size_t>(native_lanes<T>);
+    constexpr std::size_t chunk = 64;
+    using V = Vector<T, native_lanes<T>>;
+    const std::size_t count = p.columns - column;
+    T b[chunk * lanes];
+    T c[6 * lanes];
+    for (std::size_t k = 0; k < p.depth; k += chunk) {
+        const std::size_t depth = p.depth - k < chunk ? p.depth - k : chunk;
+        for (std::size_t at = 0; at < depth; ++at)
+            store(b + at * lanes, load_part<V>(p.b + static_cast<std::ptrdiff_t>(k + at) * p.b_stride + column, count));
+        for (std::size_t row = 0; row < p.rows; row += 6) {
+            const std::size_t rows = p.rows - row < 6 ? p.rows - row : 6;
+            T* target = p.c + static_cast<std::ptrdiff_t>(row) * p.c_stride + column;
+            for (std::size_t r = 0; r < rows; ++r)
+                store(c + r * lanes, load_part<V>(target + static_cast<std::ptrdiff_t>(r) * p.c_stride, count));
+            const T* a = p.a + static_cast<std::ptrdiff_t>(row) * p.a_row_stride +
+                         static_cast<std::ptrdiff_t>(k) * p.a_depth_stride;
+            product_columns<T, 1>({rows, lanes, depth, a, p.a_row_stride, p.a_depth_stride, b, lanes, c, lanes}, 0);
+            for (std::size_t r = 0; r < rows; ++r)
+                store_part(target + static_cast<std::ptrdiff_t>(r) * p.c_stride, load<V>(c + r * lanes), count);
+        }
+    }
+}
+
 template <class T>
 inline void product(const Product<T>& p) {
     constexpr std::size_t lanes = static_cast<std::size_t>(native_lanes<T>);
@@ -68,29 +111,7 @@ inline void product(const Product<T>& p) {
     }
     for (; column + block * lanes <= p.columns; column += block * lanes) product_columns<T, block>(p, column);
     for (; column + lanes <= p.columns; column += lanes) product_columns<T, 1>(p, column);
-    for (; column < p.columns; ++column) {
-        for (std::size_t row = 0; row < p.rows; ++row) {
-            const T* a = p.a + static_cast<std::ptrdiff_t>(row) * p.a_row_stride;
-            T* c = p.c + static_cast<std::ptrdiff_t>(row) * p.c_stride + column;
-            const T* b = p.b + column;
-            T sum = *c;
-            for (std::size_t k = 0; k < p.depth; ++k, a += p.a_depth_stride, b += p.b_stride) sum = fma(*a, *b, sum);
-            *c = sum;
-        }
-    }
-}
-
-/// Loads and stores of a vector whose last lanes may lie past the end of the row.
-template <class V, class T>
-inline V load_part(const T* source, std::size_t count) {
-    V value{};
-    __builtin_memcpy(&value, source, count * sizeof(T));
-    return value;
-}
-
-template <class V, class T>
-inline void store_part(T* target, V value, std::size_t count) {
-    __builtin_memcpy(target, &value, count * sizeof(T));
+    if (column < p.columns) product_tail(p, column);
 }
 
 /// Activates Lanes units of one row and moves their state by one step. `sums` points at the lanes of gate i.
@@ -102,30 +123,15 @@ inline void activate(const T* sums, std::size_t width, std::size_t count, T* c, 
     const V f = sigmoid<T, Lanes>(load<V>(sums + width));
     const V g = tanh<T, Lanes>(load<V>(sums + 2 * width));
     const V o = sigmoid<T, Lanes>(load<V>(sums + 3 * width));
-    const bool whole = count >= static_cast<std::size_t>(Lanes);
-    const V c_prev = whole ? load<V>(c) : load_part<V>(c, count);
-    const V c_next = fma(f, c_prev, i * g);
-    const V h_next = o * tanh<T, Lanes>(c_next);
-    if (whole) {
-        store(c, c_next);
-        store(h, h_next);
-        if (gates) {
-            store(gates, i);
-            store(gates + units, f);
-            store(gates + 2 * units, g);
-            store(gates + 3 * units, o);
-            store(cell, c_next);
-        }
-    } else {
-        store_part(c, c_next, count);
-        store_part(h, h_next, count);
-        if (gates) {
-            store_part(gates, i, count);
-            store_part(gates + units, f, count);
-            store_part(gates + 2 * units, g, count);
-            store_part(gates + 3 * units, o, count);
-            store_part(cell, c_next, count);
-        }
+    const V c_next = fma(f, load_part<V>(c, count), i * g);
+    store_part(c, c_next, count);
+    store_part(h, o * tanh<T, Lanes>(c_next), count);
+    if (gates) {
+        store_part(gates, i, count);
+        store_part(gates + units, f, count);
+        store_part(gates + 2 * units, g, count);
+        store_part(gates + 3 * units, o, count);
+        store_part(cell, c_next, count);
     }
 }
 
@@ -188,8 +194,7 @@ inline void step_backward(const StepBackward<T>& s) {
         const T* gates = s.gates + row * gate_count * units;
         T* grad_gates = s.grad_gates + row * gate_count * units;
         for (std::size_t unit = 0; unit < units; unit += static_cast<std::size_t>(lanes)) {
-            const std::size_t count =
-                units - unit < static_cast<std::size_t>(lanes) ? units - unit : static_cast<std::size_t>(lanes);
+            const std::size_t count = units - unit;
             const std::size_t at = row * units + unit;
             const V i = load_part<V>(gates + unit, count);
             const V f = load_part<V>(gates + units + unit, count);
@@ -212,8 +217,7 @@ template <class T, Vector<T, native_lanes<T>> (*Function)(Vector<T, native_lanes
 inline void each(std::size_t count, const T* source, T* target) {
     constexpr std::size_t lanes = static_cast<std::size_t>(native_lanes<T>);
     for (std::size_t at = 0; at < count; at += lanes) {
-        const std::size_t part = count - at < lanes ? count - at : lanes;
-        store_part(target + at, Function(load_part<Vector<T, native_lanes<T>>>(source + at, part)), part);
+        store_part(target + at, Function(load_part<Vector<T, native_lanes<T>>>(source + at, count - at)), count - at);
     }
 }
 

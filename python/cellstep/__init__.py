@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cellstep import convert, nn, ops, runtime
     from cellstep.artifact import load
-    from cellstep.export import export, load_model, save
-    from cellstep.verify import verify
+    from cellstep.exporters import export, load_model, save
+    from cellstep.verification import verify
 
 __version__ = version("cellstep")
 
@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 _FUNCTIONS = {
-    "export": "cellstep.export",
+    "export": "cellstep.exporters",
     "load": "cellstep.artifact",
-    "load_model": "cellstep.export",
-    "save": "cellstep.export",
-    "verify": "cellstep.verify",
+    "load_model": "cellstep.exporters",
+    "save": "cellstep.exporters",
+    "verify": "cellstep.verification",
 }
 
 

@@ -139,13 +139,13 @@ def load(path: str | os.PathLike[str]) -> Artifact:
         return DeployArtifact(name)
     if suffix == ".pt":
         import cellstep.ops  # noqa: F401  (registers the operators that the archive calls)
-        from cellstep.export.torchscript import load_torchscript
+        from cellstep.exporters.torchscript import load_torchscript
 
         module = load_torchscript(name)
         dtype = module.initial_state(1)[0].dtype
         return TorchArtifact(name, module, module, str(dtype).removeprefix("torch."))
     if suffix == ".safetensors":
-        from cellstep.export import load_model
+        from cellstep.exporters import load_model
 
         model = load_model(name).eval()
         if str(model.head.weight.dtype) not in ("torch.float32", "torch.float64"):

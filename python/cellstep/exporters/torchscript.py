@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import cellstep
-from cellstep.export.deploy import image
-from cellstep.export.files import replacing
+from cellstep.exporters.deploy import image
+from cellstep.exporters.files import replacing
 from cellstep.nn import Forecaster
 
 _ATTRIBUTES = ["feature_names", "output_names", "window", "horizon"]

@@ -9,7 +9,7 @@ import safetensors
 import safetensors.torch
 
 import cellstep
-from cellstep.export.files import replacing
+from cellstep.exporters.files import replacing
 from cellstep.nn import Forecaster
 
 _KEY = "cellstep"

@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from cellstep.export.deploy import export_deploy
-from cellstep.export.interchange import load_model, save
-from cellstep.export.torchscript import export_torchscript
+from cellstep.exporters.deploy import export_deploy
+from cellstep.exporters.interchange import load_model, save
+from cellstep.exporters.torchscript import export_torchscript
 from cellstep.nn import Forecaster
 
 __all__ = ["SUFFIXES", "export", "load_model", "save"]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cellstep import _runtime
-from cellstep.export.files import replacing
+from cellstep.exporters.files import replacing
 from cellstep.nn import Forecaster
 
 _VERSION = 1

@@ -1,0 +1,202 @@
+// cellstep-run: run a TorchScript model on a CSV file through libtorch, tuned as a deployer would.
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/InferenceMode.h>
+#include <caffe2/serialize/inline_container.h>
+#include <dlfcn.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
+#include <torch/script.h>
+
+#include <cctype>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+
+#include "cellstep/ops.h"
+#include "program.h"
+
+namespace {
+
+using cellstep::tools::Options;
+using cellstep::tools::Runner;
+using cellstep::tools::UserError;
+
+/// First line of a libtorch error, which can be pages long.
+std::string first_line(const std::exception& error) {
+    const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+    const std::string text = torch_error ? torch_error->what_without_backtrace() : error.what();
+    return text.substr(0, text.find('\n'));
+}
+
+std::string record_text(caffe2::serialize::PyTorchStreamReader& archive, const std::string& name) {
+    const auto [data, size] = archive.getRecord(name);
+    return std::string(static_cast<const char*>(data.get()), size);
+}
+
+/// Operators outside torch's own namespaces that the archive's code calls as `ops.NAMESPACE.NAME(`.
+std::set<std::string> custom_operators(caffe2::serialize::PyTorchStreamReader& archive) {
+    std::set<std::string> found;
+    const auto is_name = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_'; };
+    for (const std::string& record : archive.getAllRecords()) {
+        if (record.rfind("code/", 0) != 0 || record.size() < 3 || record.substr(record.size() - 3) != ".py") continue;
+        const std::string code = record_text(archive, record);
+        for (std::size_t at = code.find("ops."); at != std::string::npos; at = code.find("ops.", at + 1)) {
+            if (at > 0 && (is_name(code[at - 1]) || code[at - 1] == '.')) continue;
+            std::size_t dot = at + 4;
+            while (dot < code.size() && is_name(code[dot])) ++dot;
+            std::size_t end = dot + 1;
+            while (end < code.size() && is_name(code[end])) ++end;
+            if (dot >= code.size() || code[dot] != '.' || end >= code.size() || code[end] != '(') continue;
+            found.insert(code.substr(at + 4, dot - at - 4) + "::" + code.substr(dot + 1, end - dot - 1));
+        }
+    }
+    return found;
+}
+
+/// Names every operator that is missing, before the load would fail at the first one.
+void check_operators(const std::string& path) {
+    caffe2::serialize::PyTorchStreamReader archive(path);
+    std::string ours;
+    std::string others;
+    for (const std::string& name : custom_operators(archive)) {
+        if (!c10::Dispatcher::singleton().findOp({name, ""}).has_value() &&
+            torch::jit::getAllOperatorsFor(c10::Symbol::fromQualString(name)).empty()) {
+            std::string& list = name.rfind("cellstep::", 0) == 0 ? ours : others;
+            list += (list.empty() ? "" : ", ") + name;
+        }
+    }
+    const std::string version_record = "extra/cellstep_version";
+    const std::string writer = archive.hasRecord(version_record) ? record_text(archive, version_record) : "";
+    std::string remedy;
+    if (!ours.empty())
+        remedy += std::string("; this cellstep-run is version ") + cellstep_ops_version() +
+                  (writer.empty() ? ": install a newer cellstep"
+                                  : " and the file was written by cellstep " + writer + ": install that or a newer one");
+    if (!others.empty()) remedy += "; pass the library that registers " + others + " with --library";
+    if (!remedy.empty())
+        throw UserError("expected operators that are registered here; '" + path + "' needs " + ours +
+                        (ours.empty() || others.empty() ? "" : ", ") + others + remedy);
+}
+
+class TorchRunner : public Runner {
+public:
+    explicit TorchRunner(const Options& options) {
+        at::set_num_threads(options.threads);
+        at::set_num_interop_threads(1);
+        // The profiling executor recompiles while it watches: the first calls take longer, and no later call is faster.
+        torch::jit::getProfilingMode() = false;
+        torch::jit::getExecutorMode() = false;
+        cellstep_register_ops();
+        for (const std::string& library : options.libraries)
+            if (!dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL))
+                throw UserError("expected a library at --library; '" + library + "' cannot be loaded: " + dlerror());
+
+        const std::string& path = options.model;
+        if (!std::ifstream(path, std::ios::binary))
+            throw UserError("expected a TorchScript file at '" + path + "'; it cannot be read; check the path");
+        try {
+            check_operators(path);
+            module_ = torch::jit::load(path, c10::kCPU);
+        } catch (const UserError&) {
+            throw;
+        } catch (const std::exception& error) {
+            throw UserError("expected a TorchScript archive; '" + path + "' is none or is damaged (" +
+                            first_line(error) + "); export it again");
+        }
+        module_.eval();
+        input_size = static_cast<std::size_t>(attribute("input_size"));
+        output_size = static_cast<std::size_t>(attribute("output_size"));
+        window = static_cast<std::size_t>(attribute("window"));
+        feature_names = names("feature_names");
+        output_names = names("output_names");
+        for (const auto& method : module_.get_methods()) {
+            if (method.name() == "step") step_ = method;
+            if (method.name() == "initial_state") initial_state_ = method;
+        }
+        if (!module_.find_method("forward") || input_size == 0 || output_size == 0)
+            throw UserError("expected a model with forward, input_size and output_size, as cellstep exports it; '" +
+                            path + "' lacks one of them; export it with cellstep.export");
+        if (options.stream && !(step_ && initial_state_))
+            throw UserError("expected a model with step and initial_state for --stream; '" + path +
+                            "' lacks one of them; export it with cellstep.export");
+        if (step_ && initial_state_) {
+            reset();
+            dtype_ = state_.toTupleRef().elements()[0].toTensor().scalar_type();
+        }
+    }
+
+    void forecast(const float* x, std::size_t steps, float* y) override {
+        const at::Tensor input = tensor(x, {1, static_cast<std::int64_t>(steps), inputs()});
+        answer(called([&] { return module_.forward({input}); }).toTensor(), y);
+    }
+
+    void step(const float* x, float* y) override {
+        const at::Tensor input = tensor(x, {1, inputs()});
+        const c10::IValue result = called([&] { return (*step_)({input, state_}); });
+        state_ = result.toTupleRef().elements()[1];
+        answer(result.toTupleRef().elements()[0].toTensor(), y);
+    }
+
+    void reset() override {
+        if (initial_state_) state_ = called([&] { return (*initial_state_)({std::int64_t{1}}); });
+    }
+
+private:
+    std::int64_t inputs() const { return static_cast<std::int64_t>(input_size); }
+
+    template <class Call>
+    c10::IValue called(const Call& call) {
+        try {
+            return call();
+        } catch (const std::exception& error) {
+            const std::string text = error.what();
+            const std::size_t last = text.rfind("RuntimeError: ");
+            throw UserError("the model refuses its input: " +
+                            (last == std::string::npos ? first_line(error) : text.substr(last, text.find('\n', last) - last)));
+        }
+    }
+
+    std::int64_t attribute(const char* name) const {
+        if (!module_.hasattr(name)) return 0;
+        const c10::IValue value = module_.attr(name);
+        return value.isInt() && value.toInt() > 0 ? value.toInt() : 0;
+    }
+
+    std::vector<std::string> names(const char* name) const {
+        std::vector<std::string> all;
+        if (!module_.hasattr(name) || !module_.attr(name).isList()) return all;
+        for (const c10::IValue& value : module_.attr(name).toListRef())
+            if (value.isString()) all.push_back(value.toStringRef());
+        return all;
+    }
+
+    at::Tensor tensor(const float* x, at::IntArrayRef sizes) const {
+        const at::Tensor view = at::from_blob(const_cast<float*>(x), sizes, at::kFloat);
+        return dtype_ == at::kFloat ? view : view.to(dtype_);
+    }
+
+    void answer(const at::Tensor& result, float* y) const {
+        const at::Tensor values = result.to(at::kFloat).contiguous();
+        if (values.numel() != static_cast<std::int64_t>(output_size))
+            throw UserError("expected " + std::to_string(output_size) + " outputs as output_size says; the model gave " +
+                            std::to_string(values.numel()));
+        std::memcpy(y, values.const_data_ptr<float>(), output_size * sizeof(float));
+    }
+
+    c10::InferenceMode inference_;
+    torch::jit::Module module_;
+    std::optional<torch::jit::Method> step_;
+    std::optional<torch::jit::Method> initial_state_;
+    c10::IValue state_;
+    at::ScalarType dtype_ = at::kFloat;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    return cellstep::tools::run_program({"cellstep-run", "MODEL.pt", true,
+                                         [](const Options& options) { return std::make_unique<TorchRunner>(options); }},
+                                        argc, argv);
+}
