@@ -110,6 +110,10 @@ class DeployArtifact(Artifact):
         super().__init__(path, model)
         self.session = _runtime.Session(model)
 
+    def selftest(self) -> float:
+        """Replay the test vector of the file; see :meth:`cellstep.runtime.Session.selftest`."""
+        return self.session.model.selftest()
+
     def _run(self, x: Array, state: State) -> tuple[Array, State]:
         return self._rows(x, state, self.session.run, (len(x), x.shape[1], self.output_size))
 

@@ -1,0 +1,201 @@
+"""Proof by running: every artifact over the same windows, beside the model it came from."""
+
+import copy
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cellstep.artifact import load
+from cellstep.nn import Forecaster
+from cellstep.table import read_cells
+from cellstep.train.data import load_series, load_task, sample_path
+
+Float32Array = NDArray[np.float32]
+
+#: Programs and what they run.
+_PROGRAMS = {".pt": "cellstep-run", ".cellstep": "cellstep-embed"}
+_TIMED_CALLS = 200
+_LARGEST_SET = 512
+
+
+@dataclass
+class Row:
+    """How far one way of running the model is from the reference."""
+
+    name: str
+    artifact: str
+    difference: float = 0.0  #: largest, in the output's unit
+    relative: float = 0.0  #: the same over the range of the reference's outputs
+    ulps: int = 0  #: largest distance in float32 units in the last place
+    bits: str = ""  #: a digest of all output bytes: equal where the outputs are equal to the bit
+    latency: float | None = None  #: median of one window, microseconds
+    problem: str = ""  #: why it did not run, if it did not
+
+
+@dataclass
+class Report:
+    """The agreement table. ``span`` is the range of the reference's outputs, in their unit."""
+
+    rows: list[Row]
+    windows: int
+    span: float
+    tolerance: float
+
+    @property
+    def failures(self) -> list[Row]:
+        """Rows past the tolerance, or that did not run."""
+        return [row for row in self.rows if row.problem or not row.relative <= self.tolerance]
+
+
+def verify(
+    model: Forecaster,
+    artifacts: Iterable[str | os.PathLike[str]],
+    windows: NDArray[Any] | None = None,
+    tolerance: float = 2e-6,
+) -> Report:
+    """Run a float32 model and its artifacts over the same windows.
+
+    The reference is the eager model on torch's own operators, whose kernels are not ours.
+
+    Args:
+        artifacts: paths of ``.safetensors``, ``.pt`` and ``.cellstep`` files.
+        windows: (N, T, input_size); by default those of :func:`test_windows`.
+        tolerance: largest difference allowed, relative to the range of the reference's outputs.
+
+    Raises:
+        OSError, ValueError: an artifact cannot be loaded, or is of another model's sizes.
+    """
+    x = np.ascontiguousarray(test_windows(model) if windows is None else windows, np.float32)
+    if x.ndim != 3 or x.shape[2] != model.input_size or 0 in x.shape:
+        raise ValueError(f"expected windows of shape (N, T, {model.input_size}); got {x.shape}; check the features")
+    reference = copy.deepcopy(model).float().eval()
+    ours = copy.deepcopy(reference)
+    for module in (reference, reference.lstm):
+        module.use_ops = False  # type: ignore[misc]
+
+    truth = _eager(reference)(x)
+    span = float(np.ptp(truth)) or float(np.abs(truth).max()) or 1.0
+    report = Report([], len(x), span, tolerance)
+
+    def add(name: str, artifact: str, run: Callable[[Float32Array], Float32Array]) -> None:
+        y = run(x)
+        one = x[:1]
+        times = []
+        for _ in range(_TIMED_CALLS):
+            begin = time.perf_counter()
+            run(one)
+            times.append(time.perf_counter() - begin)
+        report.rows.append(_compare(Row(name, artifact, latency=float(np.median(times)) * 1e6), y, truth, span))
+
+    add("eager, torch's operators", "-", _eager(reference))
+    add("eager, cellstep's operators", "-", _eager(ours))
+    for path in artifacts:
+        artifact = load(path)
+        if (artifact.input_size, artifact.output_size) != (model.input_size, model.output_size):
+            raise ValueError(
+                f"expected artifacts of {model.input_size} inputs and {model.output_size} outputs like the model; "
+                f"'{artifact.path}' has {artifact.input_size} and {artifact.output_size}; name one model's artifacts"
+            )
+        label = Path(artifact.path).name
+        suffix = Path(artifact.path).suffix
+        add({".cellstep": "Session"}.get(suffix, "Python"), label, artifact)
+        if suffix in _PROGRAMS:
+            report.rows.append(_run_program(_PROGRAMS[suffix], artifact.path, artifact.feature_names, x, truth, span))
+    return report
+
+
+def test_windows(model: Forecaster, data: str | os.PathLike[str] | None = None) -> Float32Array:
+    """(N, T, input_size) windows to compare on, evenly spaced, at most 512.
+
+    They are cut from ``data``, or by default from the test days of the sample series if the model was trained on its
+    columns. Any other model gets noise of the mean and deviation that its scaling says.
+    """
+    length = model.window or 32
+    if data is None and not set(model.feature_names) <= set(read_cells(sample_path).header) | {""}:
+        data_names: list[str] = []
+    else:
+        data_names = model.feature_names
+    if not data_names:
+        if data is not None:
+            raise ValueError("expected a model with feature names to read a CSV file for; this one has none")
+        noise = torch.randn(64, length, model.input_size, generator=torch.Generator().manual_seed(0))
+        spread = torch.where(model.input_scale == 0, 1.0, 1.0 / model.input_scale)
+        return (model.input_offset + noise * spread).detach().float().numpy()
+    series = load_series(data or sample_path)
+    if data is None:
+        target = model.output_names[0] if model.output_names else model.feature_names[0]
+        task = load_task(series, target, model.feature_names, length, model.horizon or 1)
+        x = task.inputs(task.test)
+    else:
+        values = read_cells(data).numbers(model.feature_names)
+        if len(values) < length:
+            raise ValueError(f"expected at least {length} rows for a window; '{os.fspath(data)}' has {len(values)}")
+        x = np.lib.stride_tricks.sliding_window_view(values, length, axis=0).swapaxes(1, 2)
+    picked = np.unique(np.linspace(0, len(x) - 1, min(len(x), _LARGEST_SET)).astype(np.int64))
+    return np.ascontiguousarray(x[picked], np.float32)
+
+
+def _eager(model: Forecaster) -> Callable[[Float32Array], Float32Array]:
+    def run(x: Float32Array) -> Float32Array:
+        with torch.inference_mode():
+            return model(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+
+    return run
+
+
+def _compare(row: Row, y: Float32Array, truth: Float32Array, span: float) -> Row:
+    row.difference = float(np.abs(y.astype(np.float64) - truth).max())
+    row.relative = row.difference / span
+    row.ulps = int(np.abs(_ordered(y) - _ordered(truth)).max())
+    row.bits = hashlib.sha256(np.ascontiguousarray(y, np.float32).tobytes()).hexdigest()[:8]
+    return row
+
+
+def _ordered(values: Float32Array) -> NDArray[np.int64]:
+    """Float32 bit patterns as integers in the order of the numbers, so that neighbours differ by 1."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.int32).astype(np.int64)
+    return np.where(bits < 0, -(2**31) - bits, bits)
+
+
+def _run_program(
+    program: str, path: str, names: list[str], x: Float32Array, truth: Float32Array, span: float
+) -> Row:
+    """Run a program over the windows, one under the other in a CSV file."""
+    row = Row(program, Path(path).name)
+    command = shutil.which(program, path=str(Path(sys.executable).parent)) or shutil.which(program)
+    if command is None:
+        row.problem = "not built"
+        return row
+    with tempfile.TemporaryDirectory() as directory:
+        table = Path(directory) / "windows.csv"
+        header = ",".join(f'"{name.replace(chr(34), chr(34) * 2)}"' for name in names) or ",".join(
+            f"x{k}" for k in range(x.shape[2])
+        )
+        with table.open("w", encoding="utf-8") as file:
+            np.savetxt(file, x.reshape(-1, x.shape[2]), "%.9g", ",", header=header, comments="")
+        length = str(x.shape[1])
+        options = ["--window", length, "--stride", length, "--repeat", str(_TIMED_CALLS)]
+        done = subprocess.run([command, path, str(table), *options], capture_output=True, text=True)
+    if done.returncode != 0:
+        row.problem = done.stderr.strip() or f"exit code {done.returncode}"
+        return row
+    y = np.array([line.split(",")[1:] for line in done.stdout.splitlines()[1:]], np.float64).astype(np.float32)
+    if y.shape != truth.shape:
+        row.problem = f"gave {y.shape} outputs and not {truth.shape}"
+        return row
+    if median := re.search(r"median ([0-9.]+)", done.stderr):
+        row.latency = float(median[1])
+    return _compare(row, y, truth, span)
