@@ -9,8 +9,8 @@
 namespace cellstep {
 namespace core {
 
-#define CELLSTEP_DECLARE(isa)                   \
-    namespace isa {                             \
+#define CELLSTEP_DECLARE(isa)                    \
+    namespace isa {                              \
     extern const Kernels<float> kernels_float;   \
     extern const Kernels<double> kernels_double; \
     }

@@ -62,8 +62,19 @@ void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
                     const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(units);
                     const std::ptrdiff_t step = static_cast<std::ptrdiff_t>(state);
                     T* h = run.h + layer * state;
-                    layer_forward<T>({steps, run.batch, record.sizes[0], units, data, x, offset, scale, h,
-                                      run.c + layer * state, {target, step, row}, nullptr, nullptr},
+                    layer_forward<T>({steps,
+                                      run.batch,
+                                      record.sizes[0],
+                                      units,
+                                      data,
+                                      x,
+                                      offset,
+                                      scale,
+                                      h,
+                                      run.c + layer * state,
+                                      {target, step, row},
+                                      nullptr,
+                                      nullptr},
                                      layer_memory);
                     std::memcpy(h, target + (steps - 1) * state, state * sizeof(T));
                     x = {target, step, row, 1};

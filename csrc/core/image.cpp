@@ -58,7 +58,9 @@ bool names_are_whole(const char* data, std::uint64_t length, std::uint32_t count
 }
 
 /// Position of a kind in the chain of records that compute; 0 for the others.
-int stage(std::uint32_t kind) { return kind <= static_cast<std::uint32_t>(RecordKind::output_scaling) ? static_cast<int>(kind) : 0; }
+int stage(std::uint32_t kind) {
+    return kind <= static_cast<std::uint32_t>(RecordKind::output_scaling) ? static_cast<int>(kind) : 0;
+}
 
 bool records_fit(const Image& image, const unsigned char* bytes) {
     const ImageHeader& header = image.header();

@@ -53,7 +53,8 @@ void layer_forward(const LayerForward<T>& layer, T* scratch) {
         width = panel_width(layer.hidden_size - unit);
         const std::size_t columns = gate_count * width;
         const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(columns);
-        for (std::size_t row = 0; row < rows; ++row) std::memcpy(panel_sums + row * columns, panel, columns * sizeof(T));
+        for (std::size_t row = 0; row < rows; ++row)
+            std::memcpy(panel_sums + row * columns, panel, columns * sizeof(T));
         kernel.product({rows, columns, layer.input_size, x, static_cast<std::ptrdiff_t>(layer.input_size), 1,
                         panel + columns, stride, panel_sums, stride});
         panel += columns * depth;
@@ -93,8 +94,8 @@ void layer_backward(const LayerBackward<T>& layer) {
     kernel.product({rows, inputs, gates, layer.grad_gates, gate_stride, 1, layer.weight_ih.data,
                     layer.weight_ih.row_stride, layer.grad_x, input_stride});
     zero(layer.grad_weight_ih, gates * inputs);
-    kernel.product({gates, inputs, rows, layer.grad_gates, 1, gate_stride, layer.x, input_stride,
-                    layer.grad_weight_ih, input_stride});
+    kernel.product({gates, inputs, rows, layer.grad_gates, 1, gate_stride, layer.x, input_stride, layer.grad_weight_ih,
+                    input_stride});
     zero(layer.grad_weight_hh, gates * units);
     kernel.product({gates, units, layer.batch, layer.grad_gates, 1, gate_stride, layer.h0, unit_stride,
                     layer.grad_weight_hh, unit_stride});
@@ -132,8 +133,8 @@ template void layer_backward<float>(const LayerBackward<float>&);
 template void layer_backward<double>(const LayerBackward<double>&);
 template void dense_forward<float>(std::size_t, std::size_t, std::size_t, const float*, const float*, std::ptrdiff_t,
                                    float*, std::ptrdiff_t);
-template void dense_forward<double>(std::size_t, std::size_t, std::size_t, const double*, const double*,
-                                    std::ptrdiff_t, double*, std::ptrdiff_t);
+template void dense_forward<double>(std::size_t, std::size_t, std::size_t, const double*, const double*, std::ptrdiff_t,
+                                    double*, std::ptrdiff_t);
 template void pack_dense<float>(std::size_t, std::size_t, MatrixView<float>, const float*, float*);
 template void pack_dense<double>(std::size_t, std::size_t, MatrixView<double>, const double*, double*);
 

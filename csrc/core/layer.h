@@ -37,15 +37,15 @@ struct LayerForward {
     std::size_t batch;
     std::size_t input_size;
     std::size_t hidden_size;
-    const T* packed;         ///< packed_size(input_size, hidden_size) values, see pack.h
-    SequenceView<T> x;       ///< (steps, batch, input_size)
-    const T* offset;         ///< null, or input_size values taken from x first
-    const T* scale;          ///< null, or input_size values that multiply what is left
-    const T* h;              ///< (batch, hidden_size) before the first step; must not lie in y
-    T* c;                    ///< (batch, hidden_size), updated in place
-    SequenceTarget<T> y;     ///< (steps, batch, hidden_size)
-    T* gates;                ///< null, or (steps, batch, 4 hidden_size): activated i, f, g, o for backward
-    T* cells;                ///< null exactly where gates is, or (steps, batch, hidden_size): c of every step
+    const T* packed;      ///< packed_size(input_size, hidden_size) values, see pack.h
+    SequenceView<T> x;    ///< (steps, batch, input_size)
+    const T* offset;      ///< null, or input_size values taken from x first
+    const T* scale;       ///< null, or input_size values that multiply what is left
+    const T* h;           ///< (batch, hidden_size) before the first step; must not lie in y
+    T* c;                 ///< (batch, hidden_size), updated in place
+    SequenceTarget<T> y;  ///< (steps, batch, hidden_size)
+    T* gates;             ///< null, or (steps, batch, 4 hidden_size): activated i, f, g, o for backward
+    T* cells;             ///< null exactly where gates is, or (steps, batch, hidden_size): c of every step
 };
 
 /// Values of scratch memory that layer_forward needs for a call of this size.

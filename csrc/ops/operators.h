@@ -30,8 +30,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer(Tensor x, Tensor h
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(Tensor grad_y, Tensor grad_h,
                                                                                Tensor grad_c, Tensor x, Tensor h,
                                                                                Tensor c, Tensor weight_ih,
-                                                                               Tensor weight_hh, Tensor y,
-                                                                               Tensor gates, Tensor cells);
+                                                                               Tensor weight_hh, Tensor y, Tensor gates,
+                                                                               Tensor cells);
 
 /// x (..., I), weight (O, I), bias (O) -> x weight^T + bias, (..., O), each sum in order of the inputs.
 Tensor dense(Tensor x, Tensor weight, std::optional<Tensor> bias);

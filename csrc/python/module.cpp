@@ -149,8 +149,7 @@ private:
     }
 
     template <class Function>
-    py::array call(const Array<float>& x, py::ssize_t steps, const std::vector<py::ssize_t>& shape,
-                   Function function) {
+    py::array call(const Array<float>& x, py::ssize_t steps, const std::vector<py::ssize_t>& shape, Function function) {
         Array<float> y(shape);
         const float* source = x.data();
         float* target = y.mutable_data();
@@ -172,15 +171,16 @@ Array<T> pack_layer(const Array<T>& weight_ih, const Array<T>& weight_hh, const 
                     const std::optional<Array<T>>& bias_hh) {
     if (weight_ih.ndim() != 2 || weight_hh.ndim() != 2 || weight_hh.shape(0) != 4 * weight_hh.shape(1) ||
         weight_ih.shape(0) != weight_hh.shape(0))
-        throw py::value_error("expected weight_ih (4 hidden_size, input_size) and weight_hh (4 hidden_size, hidden_size)");
+        throw py::value_error(
+            "expected weight_ih (4 hidden_size, input_size) and weight_hh (4 hidden_size, hidden_size)");
     for (const auto* bias : {&bias_ih, &bias_hh})
         if (*bias && ((*bias)->ndim() != 1 || (*bias)->shape(0) != weight_hh.shape(0)))
             throw py::value_error("expected biases of 4 hidden_size values");
     const std::size_t inputs = static_cast<std::size_t>(weight_ih.shape(1));
     const std::size_t units = static_cast<std::size_t>(weight_hh.shape(1));
     Array<T> packed(static_cast<py::ssize_t>(cellstep::core::packed_size(inputs, units)));
-    cellstep::core::pack_layer<T>({inputs, units, view(weight_ih), view(weight_hh),
-                                   bias_ih ? bias_ih->data() : nullptr, bias_hh ? bias_hh->data() : nullptr},
+    cellstep::core::pack_layer<T>({inputs, units, view(weight_ih), view(weight_hh), bias_ih ? bias_ih->data() : nullptr,
+                                   bias_hh ? bias_hh->data() : nullptr},
                                   packed.mutable_data());
     return packed;
 }
@@ -190,9 +190,8 @@ Array<T> pack_dense(const Array<T>& weight, const std::optional<Array<T>>& bias)
     if (weight.ndim() != 2 || (bias && (bias->ndim() != 1 || bias->shape(0) != weight.shape(0))))
         throw py::value_error("expected weight (out_size, in_size) and bias (out_size)");
     Array<T> packed((1 + weight.shape(1)) * weight.shape(0));
-    cellstep::core::pack_dense<T>(static_cast<std::size_t>(weight.shape(1)),
-                                  static_cast<std::size_t>(weight.shape(0)), view(weight),
-                                  bias ? bias->data() : nullptr, packed.mutable_data());
+    cellstep::core::pack_dense<T>(static_cast<std::size_t>(weight.shape(1)), static_cast<std::size_t>(weight.shape(0)),
+                                  view(weight), bias ? bias->data() : nullptr, packed.mutable_data());
     return packed;
 }
 

@@ -61,15 +61,9 @@ void run(cellstep_session* session, const float* x, std::size_t steps, float* y,
     const std::ptrdiff_t outputs = static_cast<std::ptrdiff_t>(header.output_size);
     while (steps > 0) {
         const std::size_t part = steps < steps_per_call ? steps : steps_per_call;
-        cellstep::core::run_model<float>(session->model->image,
-                                         {part,
-                                          1,
-                                          {x, inputs, 0, 1},
-                                          session->h,
-                                          session->c,
-                                          {y, outputs, 0},
-                                          last_only},
-                                         session->scratch);
+        cellstep::core::run_model<float>(
+            session->model->image, {part, 1, {x, inputs, 0, 1}, session->h, session->c, {y, outputs, 0}, last_only},
+            session->scratch);
         x += static_cast<std::ptrdiff_t>(part) * inputs;
         if (!last_only) y += static_cast<std::ptrdiff_t>(part) * outputs;
         steps -= part;

@@ -130,8 +130,7 @@ void run(const Program& program, const Options& options) {
     const std::unique_ptr<Runner> runner = program.load(options);
     const Table table = read_csv(options.input, runner->feature_names, runner->input_size);
     const std::size_t window = options.stream ? 1 : options.window ? options.window : runner->window;
-    if (window == 0)
-        throw UserError("expected a window length; the model names none; pass --window N or --stream");
+    if (window == 0) throw UserError("expected a window length; the model names none; pass --window N or --stream");
     if (table.rows < window)
         throw UserError("expected at least " + std::to_string(window) + " data rows for a window; '" + options.input +
                         "' has " + std::to_string(table.rows) + "; give more rows or a shorter --window");

@@ -71,9 +71,10 @@ void check_operators(const std::string& path) {
     const std::string writer = archive.hasRecord(version_record) ? record_text(archive, version_record) : "";
     std::string remedy;
     if (!ours.empty())
-        remedy += std::string("; this cellstep-run is version ") + cellstep_ops_version() +
-                  (writer.empty() ? ": install a newer cellstep"
-                                  : " and the file was written by cellstep " + writer + ": install that or a newer one");
+        remedy +=
+            std::string("; this cellstep-run is version ") + cellstep_ops_version() +
+            (writer.empty() ? ": install a newer cellstep"
+                            : " and the file was written by cellstep " + writer + ": install that or a newer one");
     if (!others.empty()) remedy += "; pass the library that registers " + others + " with --library";
     if (!remedy.empty())
         throw UserError("expected operators that are registered here; '" + path + "' needs " + ours +
@@ -153,8 +154,9 @@ private:
         } catch (const std::exception& error) {
             const std::string text = error.what();
             const std::size_t last = text.rfind("RuntimeError: ");
-            throw UserError("the model refuses its input: " +
-                            (last == std::string::npos ? first_line(error) : text.substr(last, text.find('\n', last) - last)));
+            throw UserError("the model refuses its input: " + (last == std::string::npos
+                                                                   ? first_line(error)
+                                                                   : text.substr(last, text.find('\n', last) - last)));
         }
     }
 
@@ -180,8 +182,8 @@ private:
     void answer(const at::Tensor& result, float* y) const {
         const at::Tensor values = result.to(at::kFloat).contiguous();
         if (values.numel() != static_cast<std::int64_t>(output_size))
-            throw UserError("expected " + std::to_string(output_size) + " outputs as output_size says; the model gave " +
-                            std::to_string(values.numel()));
+            throw UserError("expected " + std::to_string(output_size) +
+                            " outputs as output_size says; the model gave " + std::to_string(values.numel()));
         std::memcpy(y, values.const_data_ptr<float>(), output_size * sizeof(float));
     }
 

@@ -1,4 +1,4 @@
-from typing import overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,21 +43,7 @@ class Session:
     @state.setter
     def state(self, value: tuple[ArrayLike, ArrayLike]) -> None: ...
 
-@overload
 def pack_layer(
-    weight_ih: NDArray[np.float32],
-    weight_hh: NDArray[np.float32],
-    bias_ih: NDArray[np.float32] | None,
-    bias_hh: NDArray[np.float32] | None,
-) -> NDArray[np.float32]: ...
-@overload
-def pack_layer(
-    weight_ih: NDArray[np.float64],
-    weight_hh: NDArray[np.float64],
-    bias_ih: NDArray[np.float64] | None,
-    bias_hh: NDArray[np.float64] | None,
-) -> NDArray[np.float64]: ...
-@overload
-def pack_dense(weight: NDArray[np.float32], bias: NDArray[np.float32] | None) -> NDArray[np.float32]: ...
-@overload
-def pack_dense(weight: NDArray[np.float64], bias: NDArray[np.float64] | None) -> NDArray[np.float64]: ...
+    weight_ih: NDArray[Any], weight_hh: NDArray[Any], bias_ih: NDArray[Any] | None, bias_hh: NDArray[Any] | None
+) -> NDArray[Any]: ...
+def pack_dense(weight: NDArray[Any], bias: NDArray[Any] | None) -> NDArray[Any]: ...

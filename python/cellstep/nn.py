@@ -271,9 +271,7 @@ class LSTM(nn.Module):
             output = output.transpose(0, 1)
         return output, (h, c)
 
-    def _forward_ops(
-        self, x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward_ops(self, x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         last_h: list[Tensor] = []
         last_c: list[Tensor] = []
         bias_ih: Optional[Tensor] = None
@@ -399,4 +397,5 @@ class Forecaster(nn.Module):
             y = torch.ops.cellstep.dense(h, self.head.weight, self.head.bias)
         else:
             y = nn.functional.linear(h, self.head.weight, self.head.bias)
-        return y * self.output_scale + self.output_offset
+        answer: Tensor = y * self.output_scale + self.output_offset
+        return answer

@@ -9,7 +9,7 @@ would leave gradients ``None``. The gradient of each operator is an operator too
 """
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ library_path = str(
 torch.ops.load_library(library_path)
 
 _Ctx = Any
-_Grads = tuple[Optional[Tensor], ...]
+_Grads = tuple[Tensor | None, ...]
 
 
 @torch.library.register_fake("cellstep::lstm_cell")
@@ -163,9 +163,7 @@ def _layer_backward(ctx: _Ctx, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, *
         return (*_differentiable_gradients((grad_y, grad_h, grad_c), tuple(inputs)), None)
     if not ctx.saved:
         _, _, _, gates, cells = torch.ops.cellstep.lstm_layer(*inputs, True)
-    *to_tensors, to_bias = torch.ops.cellstep.lstm_layer_backward(
-        grad_y, grad_h, grad_c, *inputs[:5], y, gates, cells
-    )
+    *to_tensors, to_bias = torch.ops.cellstep.lstm_layer_backward(grad_y, grad_h, grad_c, *inputs[:5], y, gates, cells)
     return (*to_tensors, *(None if bias is None else to_bias for bias in inputs[5:]), None)
 
 
@@ -182,7 +180,9 @@ def _cell_backward(ctx: _Ctx, grad_h: Tensor, grad_c: Tensor, _: Tensor) -> _Gra
     *inputs, c_next, gates = ctx.saved_tensors
     if torch.is_grad_enabled():
         x, *rest = inputs
-        to_x, *others = _differentiable_gradients((grad_h.unsqueeze(0), torch.zeros_like(grad_h), grad_c), (x.unsqueeze(0), *rest))
+        to_x, *others = _differentiable_gradients(
+            (grad_h.unsqueeze(0), torch.zeros_like(grad_h), grad_c), (x.unsqueeze(0), *rest)
+        )
         return (None if to_x is None else to_x.squeeze(0), *others, None)
     if not ctx.saved:
         _, _, gates = torch.ops.cellstep.lstm_cell(*inputs, True)

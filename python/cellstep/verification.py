@@ -100,8 +100,8 @@ def verify(
             times.append(time.perf_counter() - begin)
         report.rows.append(_compare(Row(name, artifact, latency=float(np.median(times)) * 1e6), y, truth, span))
 
-    add("eager, torch's operators", "-", _eager(reference))
-    add("eager, cellstep's operators", "-", _eager(ours))
+    add("eager, torch kernels", "-", _eager(reference))
+    add("eager, cellstep", "-", _eager(ours))
     for path in artifacts:
         artifact = load(path)
         if (artifact.input_size, artifact.output_size) != (model.input_size, model.output_size):
@@ -170,9 +170,7 @@ def _ordered(values: Float32Array) -> NDArray[np.int64]:
     return np.where(bits < 0, -(2**31) - bits, bits)
 
 
-def _run_program(
-    program: str, path: str, names: list[str], x: Float32Array, truth: Float32Array, span: float
-) -> Row:
+def _run_program(program: str, path: str, names: list[str], x: Float32Array, truth: Float32Array, span: float) -> Row:
     """Run a program over the windows, one under the other in a CSV file."""
     row = Row(program, Path(path).name)
     command = shutil.which(program, path=str(Path(sys.executable).parent)) or shutil.which(program)

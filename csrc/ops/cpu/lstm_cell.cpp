@@ -15,8 +15,7 @@ Tensor as_cell(const Tensor& tensor) { return torch::stable::squeeze(tensor, 0);
 std::tuple<Tensor, Tensor, Tensor> lstm_cell(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh,
                                              std::optional<Tensor> bias_ih, std::optional<Tensor> bias_hh, bool save) {
     check_input("lstm_cell", "x", x, 2);
-    const auto [y, h_n, c_n, gates, cells] =
-        lstm_layer(as_step(x), h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
+    const auto [y, h_n, c_n, gates, cells] = lstm_layer(as_step(x), h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
     return {h_n, c_n, save ? as_cell(gates) : gates};
 }
 
@@ -31,9 +30,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_backward(Te
     check_input(op, "grad_h", grad_h, 2);
     // The output of the one step is its last h: all of grad_h comes in there, and none by way of the sequence.
     const Tensor none = torch::stable::new_zeros(grad_h, {1, grad_h.size(0), grad_h.size(1)});
-    auto [grad_x, grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias] =
-        lstm_layer_backward(none, grad_h, grad_c, as_step(x), h, c, weight_ih, weight_hh, as_step(c_next),
-                            as_step(gates), as_step(c_next));
+    auto [grad_x, grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias] = lstm_layer_backward(
+        none, grad_h, grad_c, as_step(x), h, c, weight_ih, weight_hh, as_step(c_next), as_step(gates), as_step(c_next));
     return {as_cell(grad_x), grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias};
 }
 

@@ -108,8 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer(Tensor x, Tensor h
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(Tensor grad_y, Tensor grad_h,
                                                                                Tensor grad_c, Tensor x, Tensor h,
                                                                                Tensor c, Tensor weight_ih,
-                                                                               Tensor weight_hh, Tensor y,
-                                                                               Tensor gates, Tensor cells) {
+                                                                               Tensor weight_hh, Tensor y, Tensor gates,
+                                                                               Tensor cells) {
     const char* op = "lstm_layer_backward";
     check_input(op, "x", x, 3);
     check_input(op, "h", h, 2);

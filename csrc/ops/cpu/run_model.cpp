@@ -8,8 +8,7 @@ namespace ops {
 namespace {
 
 template <class T>
-void run(const core::Image& image, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& y,
-         bool last_only) {
+void run(const core::Image& image, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& y, bool last_only) {
     const std::size_t batch = size(x, 0);
     const std::size_t steps = size(x, 1);
     const auto memory = scratch<T>(core::model_scratch<T>(image, steps, batch));
@@ -31,13 +30,12 @@ std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, Tensor h, T
     const char* op = "run_model";
     check_input(op, "x", x, 3);
     if (!image.is_cpu() || image.scalar_type() != ScalarType::Byte || image.dim() != 1 || !image.is_contiguous())
-        fail(op, ": expected image as the uint8 bytes of a deploy file on the CPU, got ", dtype_text(image), " of shape ",
-             shape_text(image));
+        fail(op, ": expected image as the uint8 bytes of a deploy file on the CPU, got ", dtype_text(image),
+             " of shape ", shape_text(image));
     core::Image model;
     // The checksum was checked when the image was made; here only that no access leaves the tensor.
     const core::ImageStatus status = core::open_image(image.const_data_ptr(), size(image, 0), &model);
-    if (status != core::ImageStatus::ok)
-        fail(op, ": ", core::image_status_text(status));
+    if (status != core::ImageStatus::ok) fail(op, ": ", core::image_status_text(status));
     const core::ImageHeader& header = model.header();
     if ((header.dtype == 0) != is_float(x))
         fail(op, ": expected x of ", header.dtype == 0 ? "float32" : "float64", " like the model, got ", dtype_text(x),

@@ -31,7 +31,9 @@ _Record = tuple[int, int, tuple[int, ...], bytes]
 def export_deploy(model: Forecaster, path: Path) -> None:
     """Write the deploy file of a float32 model. ValueError for another dtype or for weights that are not finite."""
     if model.head.weight.dtype != torch.float32:
-        raise ValueError(f"expected a float32 model for a deploy file; got {model.head.weight.dtype}; use model.float()")
+        raise ValueError(
+            f"expected a float32 model for a deploy file; got {model.head.weight.dtype}; use model.float()"
+        )
     data = image(model)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
@@ -45,9 +47,9 @@ def image(model: Forecaster) -> bytes:
     ]
     for layer in range(model.num_layers):
         inputs = model.input_size if layer == 0 else model.hidden_size
-        names = [f"{kind}_l{layer}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        weights = [_array(getattr(lstm, name)) if hasattr(lstm, name) else None for name in names]
-        packed = _runtime.pack_layer(*weights)  # type: ignore[call-overload]
+        weights = [_array(getattr(lstm, f"{kind}_l{layer}")) for kind in ("weight_ih", "weight_hh")]
+        biases = [_array(getattr(lstm, f"{kind}_l{layer}")) if lstm.bias else None for kind in ("bias_ih", "bias_hh")]
+        packed = _runtime.pack_layer(*weights, *biases)
         records.append((_LSTM, _PACKED, (inputs, model.hidden_size), packed.tobytes()))
     head = _runtime.pack_dense(_array(model.head.weight), _array(model.head.bias))
     records.append((_DENSE, _PACKED, (model.hidden_size, model.output_size), head.tobytes()))

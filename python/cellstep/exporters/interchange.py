@@ -49,13 +49,15 @@ def load_model(path: str | os.PathLike[str]) -> Forecaster:
     if not os.path.isfile(name):
         raise FileNotFoundError(f"expected a .safetensors file at '{name}'; there is none; check the path")
     try:
-        with safetensors.safe_open(name, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except safetensors.SafetensorError as error:
         raise ValueError(f"expected a safetensors file; '{name}' is none or is damaged: {error}") from None
     if _KEY not in metadata:
-        raise ValueError(f"expected a model saved by cellstep; '{name}' has no cellstep metadata; save it by cellstep.save")
+        raise ValueError(
+            f"expected a model saved by cellstep; '{name}' has no cellstep metadata; save it by cellstep.save"
+        )
     try:
         config: dict[str, Any] = json.loads(metadata[_KEY])
         # On the meta device nothing is allocated, so that sizes out of a damaged file cost nothing.
@@ -79,4 +81,3 @@ def load_model(path: str | os.PathLike[str]) -> Forecaster:
     if len({tensor.dtype for tensor in tensors.values()}) != 1:
         raise ValueError(f"expected one dtype throughout; '{name}' mixes several; save the model again")
     return model
-

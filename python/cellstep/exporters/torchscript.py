@@ -50,8 +50,8 @@ class PackedForecaster(nn.Module):
         windows = x if x.dim() == 3 else x.unsqueeze(0)
         h, c = self.initial_state(windows.size(0))
         y, _, _ = torch.ops.cellstep.run_model(self.image, windows, h, c, self.output_size, True)
-        y = y.squeeze(1)
-        return y if x.dim() == 3 else y.squeeze(0)
+        answer: Tensor = y.squeeze(1)
+        return answer if x.dim() == 3 else answer.squeeze(0)
 
     @torch.jit.export
     def run(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:

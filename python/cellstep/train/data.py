@@ -62,7 +62,8 @@ class Task:
         """(windows, length, features); length is the task's window unless given."""
         steps = np.arange(1 - (length or self.window), 1)
         columns = [self.series.names.index(name) for name in self.features]
-        return self.series.values[windows.ends[:, None] + steps][:, :, columns]
+        inputs: Float64Array = self.series.values[windows.ends[:, None] + steps][:, :, columns]
+        return inputs
 
     def targets(self, windows: Windows) -> Float64Array:
         """(windows): the value to forecast."""

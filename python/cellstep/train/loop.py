@@ -102,4 +102,5 @@ def _training_rows(task: Task) -> Float64Array:
     ends = torch.from_numpy(task.train.ends)
     seen = torch.unique(ends[:, None] + steps)
     columns = [task.series.names.index(name) for name in task.features]
-    return task.series.values[seen.numpy()][:, columns]
+    rows: Float64Array = task.series.values[seen.numpy()][:, columns]
+    return rows

@@ -41,15 +41,15 @@ typedef struct cellstep_session cellstep_session;
 /** What a call came to. Every value has a text: see cellstep_status_text. */
 typedef enum cellstep_status {
     CELLSTEP_OK = 0,
-    CELLSTEP_ERROR_ARGUMENT = 1,  /**< a pointer is null or a count is out of range */
-    CELLSTEP_ERROR_MEMORY = 2,    /**< not enough memory */
-    CELLSTEP_ERROR_FILE = 3,      /**< the file cannot be opened or read */
-    CELLSTEP_ERROR_MAGIC = 4,     /**< not a deploy file */
-    CELLSTEP_ERROR_VERSION = 5,   /**< a deploy file of a version that this build does not know */
-    CELLSTEP_ERROR_LENGTH = 6,    /**< shorter or longer than its header says */
-    CELLSTEP_ERROR_CHECKSUM = 7,  /**< the checksum does not fit the bytes */
-    CELLSTEP_ERROR_FORMAT = 8,    /**< the records contradict each other or the header */
-    CELLSTEP_ERROR_DTYPE = 9,     /**< the weights are not float32 */
+    CELLSTEP_ERROR_ARGUMENT = 1,   /**< a pointer is null or a count is out of range */
+    CELLSTEP_ERROR_MEMORY = 2,     /**< not enough memory */
+    CELLSTEP_ERROR_FILE = 3,       /**< the file cannot be opened or read */
+    CELLSTEP_ERROR_MAGIC = 4,      /**< not a deploy file */
+    CELLSTEP_ERROR_VERSION = 5,    /**< a deploy file of a version that this build does not know */
+    CELLSTEP_ERROR_LENGTH = 6,     /**< shorter or longer than its header says */
+    CELLSTEP_ERROR_CHECKSUM = 7,   /**< the checksum does not fit the bytes */
+    CELLSTEP_ERROR_FORMAT = 8,     /**< the records contradict each other or the header */
+    CELLSTEP_ERROR_DTYPE = 9,      /**< the weights are not float32 */
     CELLSTEP_ERROR_NONFINITE = 10, /**< a weight is NaN or infinite */
     CELLSTEP_ERROR_ALIGNMENT = 11, /**< memory that is used in place is not aligned to 8 bytes */
     CELLSTEP_ERROR_SELFTEST = 12   /**< the test vector in the file gives other numbers on this machine */
