@@ -5,6 +5,7 @@ cellstep's operators, elsewhere on torch's own. With the environment variable ``
 import, everything runs on torch's own: a reference to compare with.
 """
 
+import copy
 import math
 import os
 from typing import Final, Optional
@@ -216,7 +217,10 @@ class LSTM(nn.Module):
         """``x`` is (T, N, input_size)."""
         if not torch.jit.is_scripting():  # TorchScript cannot ask about autocast; there the operators compare
             if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-                raise ValueError(f"input must have the type {weight.dtype}, got type {x.dtype}")
+                raise ValueError(
+                    f"LSTM: Expected input of the weights' dtype {weight.dtype}, got {x.dtype}; convert the input "
+                    f"with input.to({weight.dtype}) or the module with module.to({x.dtype})"
+                )
         if x.size(2) != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(2)}"
@@ -368,6 +372,14 @@ class Forecaster(nn.Module):
         self.input_scale.copy_(torch.where(input_std > 0, 1 / input_std, torch.zeros_like(input_std)))
         self.output_offset.copy_(output_mean)
         self.output_scale.copy_(output_std)
+
+    @torch.jit.unused
+    def reference(self) -> "Forecaster":
+        """A copy for inference that runs on torch's own operators alone, whose kernels are not ours."""
+        twin = copy.deepcopy(self).eval()
+        twin.use_ops = False  # type: ignore[misc]
+        twin.lstm.use_ops = False  # type: ignore[misc]
+        return twin
 
     def forward(self, x: Tensor) -> Tensor:
         """Forecast from whole windows: (N, T, input_size) -> (N, output_size), or (T, input_size) -> (output_size)."""
