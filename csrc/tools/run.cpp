@@ -23,11 +23,12 @@ using cellstep::tools::Options;
 using cellstep::tools::Runner;
 using cellstep::tools::UserError;
 
-/// First line of a libtorch error, which can be pages long.
-std::string first_line(const std::exception& error) {
+/// First sentence of a libtorch error, which can be pages long.
+std::string first_sentence(const std::exception& error) {
     const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
-    const std::string text = torch_error ? torch_error->what_without_backtrace() : error.what();
-    return text.substr(0, text.find('\n'));
+    std::string text = torch_error ? torch_error->what_without_backtrace() : error.what();
+    text = text.substr(0, text.find('\n'));
+    return text.substr(0, text.find(". "));
 }
 
 std::string record_text(caffe2::serialize::PyTorchStreamReader& archive, const std::string& name) {
@@ -104,7 +105,7 @@ public:
             throw;
         } catch (const std::exception& error) {
             throw UserError("expected a TorchScript archive; '" + path + "' is none or is damaged (" +
-                            first_line(error) + "); export it again");
+                            first_sentence(error) + "); export it again");
         }
         module_.eval();
         input_size = static_cast<std::size_t>(attribute("input_size"));
@@ -155,7 +156,7 @@ private:
             const std::string text = error.what();
             const std::size_t last = text.rfind("RuntimeError: ");
             throw UserError("the model refuses its input: " + (last == std::string::npos
-                                                                   ? first_line(error)
+                                                                   ? first_sentence(error)
                                                                    : text.substr(last, text.find('\n', last) - last)));
         }
     }

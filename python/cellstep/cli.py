@@ -169,9 +169,9 @@ def run(
     model: Annotated[Path, typer.Argument(help="A .pt, .cellstep or .safetensors file.")],
     data: Annotated[Path, typer.Argument(help="A CSV file with a header line.")],
     stream: Annotated[bool, typer.Option(help="One step at a time, carrying the state.")] = False,
-    window: Annotated[int, typer.Option(min=0, help="Rows of a window; 0: as the model was trained.")] = 0,
+    window: Annotated[Optional[int], typer.Option(min=1, help="Rows of a window; default: as trained.")] = None,  # noqa: UP045
     stride: Annotated[int, typer.Option(min=1, help="Rows from one window to the next.")] = 1,
-    repeat: Annotated[int, typer.Option(min=0, help="Then time so many calls.")] = 0,
+    repeat: Annotated[Optional[int], typer.Option(min=1, help="Then time so many calls.")] = None,  # noqa: UP045
     output: Annotated[Optional[Path], typer.Option(help="Default: standard output.")] = None,  # noqa: UP045
 ) -> None:
     """Forecast from every window of a CSV file and write the forecasts as CSV."""

@@ -109,7 +109,7 @@ def test_bad_arguments(artifacts, series_csv, tmp_path, program, suffix):
     assert_refused(call(program, path, series_csv, "--window", "41"), "at least 41 data rows")
     assert_refused(call(program, path, series_csv, "--window", "-1"), "window")
     assert_refused(call(program, path, series_csv, "--windows", "3"), "--windows")
-    assert_refused(call(program, path), "CSV|DATA")
+    assert_refused(call(program, path), "CSV|data")
     assert_refused(call(program, path, series_csv, "--output", tmp_path / "none" / "out.csv"), "none")
 
 
@@ -179,9 +179,7 @@ def test_run_names_missing_operators_and_who_wrote_the_file(artifacts, series_cs
         ),
     )
     done = run_command("cellstep-run", newer, series_csv)
-    assert_refused(
-        done, "needs cellstep::run_future; this cellstep-run is version .* written by cellstep 9.1.0: install"
-    )
+    assert_refused(done, "needs cellstep::run_future; this cellstep-run is version .* by cellstep 9.1.0: install")
     foreign = rewritten("foreign.pt", lambda _, data: data.replace(b"ops.cellstep.run_model", b"ops.elsewhere.run_it"))
     done = run_command("cellstep-run", foreign, series_csv)
     assert_refused(done, "needs elsewhere::run_it; pass the library that registers elsewhere::run_it with --library")
