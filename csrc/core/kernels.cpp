@@ -213,22 +213,8 @@ inline void step_backward(const StepBackward<T>& s) {
     }
 }
 
-template <class T, Vector<T, native_lanes<T>> (*Function)(Vector<T, native_lanes<T>>)>
-inline void each(std::size_t count, const T* source, T* target) {
-    constexpr std::size_t lanes = static_cast<std::size_t>(native_lanes<T>);
-    for (std::size_t at = 0; at < count; at += lanes) {
-        store_part(target + at, Function(load_part<Vector<T, native_lanes<T>>>(source + at, count - at)), count - at);
-    }
-}
-
-template <class T>
-constexpr Kernels<T> table() {
-    return {product<T>, sweep<T>, step_backward<T>, each<T, sigmoid<T, native_lanes<T>>>,
-            each<T, tanh<T, native_lanes<T>>>};
-}
-
-extern const Kernels<float> kernels_float = table<float>();
-extern const Kernels<double> kernels_double = table<double>();
+extern const Kernels<float> kernels_float = {product<float>, sweep<float>, step_backward<float>};
+extern const Kernels<double> kernels_double = {product<double>, sweep<double>, step_backward<double>};
 
 }  // namespace CELLSTEP_ISA
 }  // namespace core

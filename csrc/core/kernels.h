@@ -59,9 +59,6 @@ struct Kernels {
     void (*product)(const Product<T>&);
     void (*sweep)(const Sweep<T>&);
     void (*step_backward)(const StepBackward<T>&);
-    /// sigmoid and tanh of `count` values, for tests: source and target may be the same.
-    void (*sigmoid)(std::size_t count, const T* source, T* target);
-    void (*tanh)(std::size_t count, const T* source, T* target);
 };
 
 /// The kernels of the best instruction set that this machine has, chosen at the first call. The environment

@@ -89,9 +89,12 @@ bool parse(std::string cell, float& value) {
     if (begin != end && *begin == '+') ++begin;  // from_chars knows no plus sign
     double number = 0;
     const auto [stop, error] = std::from_chars(begin, end, number);
-    // from_chars takes "1e999" and "1e-999" as out of range: the first is not finite, the second is zero in any float.
     if (begin == end || stop != end || error == std::errc::invalid_argument) return false;
-    if (error == std::errc::result_out_of_range) return false;
+    // Out of the range of double to either side: too small is zero, as every other reader has it.
+    if (error == std::errc::result_out_of_range) {
+        value = 0.0f;
+        return cell.find("e-") != std::string::npos || cell.find("E-") != std::string::npos;
+    }
     value = static_cast<float>(number);
     return std::isfinite(value);
 }

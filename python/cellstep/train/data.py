@@ -89,7 +89,7 @@ def load_series(path: str | os.PathLike[str]) -> Series:
     names = [
         name
         for place, name in enumerate(cells.header)
-        if (place or times is None) and _begins_with_number([row[place] for row in cells.rows])
+        if (place or times is None) and parse_number(cells.rows[0][place]) is not None
     ]
     if not names:
         raise ValueError(f"expected at least one column of numbers; '{cells.path}' has none; check the file")
@@ -164,7 +164,3 @@ def _usual_step(times: NDArray[np.datetime64]) -> np.timedelta64:
     steps, counts = np.unique(np.diff(times), return_counts=True)
     step: np.timedelta64 = steps[counts.argmax()]
     return step
-
-
-def _begins_with_number(cells: list[str]) -> bool:
-    return parse_number(cells[0]) is not None
