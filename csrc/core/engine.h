@@ -1,7 +1,5 @@
-/// Runs a whole model image: scaling, LSTM layers, dense head, scaling back.
+/// Runs a whole model image: scaling, dense layers, LSTM layers, heads, scaling back, skip.
 #pragma once
-
-#include <cstddef>
 
 #include "core/image.h"
 #include "core/layer.h"
@@ -14,16 +12,28 @@ struct ModelRun {
     std::size_t steps;
     std::size_t batch;
     SequenceView<T> x;    ///< (steps, batch, input_size)
-    T* h;                 ///< (num_layers, batch, hidden_size), updated in place
-    T* c;                 ///< the same
-    SequenceTarget<T> y;  ///< (steps, batch, output_size); if last_only (1, batch, output_size)
-    bool last_only;       ///< the head runs on the last step alone
+    T* h;                 ///< (state_layers, batch, h_size), updated in place
+    T* c;                 ///< (state_layers, batch, c_size), updated in place
+    SequenceTarget<T> y;  ///< (steps, batch, output_size), or (1, batch, output_size) unless every step is answered
+    Answers answers;      ///< every, whatever the header says, for a stream
+    const unsigned char*
+        reset;  ///< null, or (steps, batch) through its strides: rows to put to the initial state first
+    std::ptrdiff_t reset_step_stride;
+    std::ptrdiff_t reset_row_stride;
 };
 
+/// Whether a layer runs backwards in time as well, so that a sequence cannot be cut into calls.
+bool is_bidirectional(const Image& image);
+
 /// Values of scratch memory that run_model needs for a call of this size. A long call is cut into chunks that stay
-/// in cache, so this stops growing with `steps`.
+/// in cache, so this stops growing with `steps`, unless the model is bidirectional.
 template <class T>
 std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t batch);
+
+/// Writes the state of fresh streams, zero or learned: h (state_layers, batch, h_size), c (state_layers, batch,
+/// c_size).
+template <class T>
+void initial_state(const Image& image, std::size_t batch, T* h, T* c);
 
 /// The image's dtype must be T. The result does not hang on how a stream is cut into calls, nor on the batch.
 template <class T>

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "core/kernels.h"
 #include "core/pack.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -14,7 +15,7 @@ namespace core {
 namespace {
 
 constexpr char magic[8] = {'C', 'E', 'L', 'L', 'S', 'T', 'E', 'P'};
-constexpr std::uint32_t current_version = 1;
+constexpr std::uint32_t current_version = 2;
 constexpr std::uint32_t packed_layout = 1;
 constexpr std::uint64_t data_alignment = 64;
 /// Sizes and window lengths above this are a broken file; below it no product of two of them and a factor overflows.
@@ -24,28 +25,63 @@ std::uint64_t value_bytes(const ImageHeader& header) {
     return header.dtype == static_cast<std::uint32_t>(DataType::float64) ? 8 : 4;
 }
 
+/// Values of an LSTM record: see image.h.
+std::uint64_t lstm_values(const ImageRecord& record) {
+    const std::uint64_t inputs = record.sizes[0];
+    const std::uint64_t units = record.sizes[1];
+    const std::uint64_t recurrent = record.sizes[2] ? record.sizes[2] : units;
+    // packed_size, in 64 bits also where size_t has 32
+    std::uint64_t values = gate_count * ((units + 3) / 4 * 4) * (1 + inputs + recurrent);
+    if (record.sizes[2]) values += units * recurrent;
+    if (record.flags & LayerFlags::peephole) values += 3 * units;
+    if (record.flags & LayerFlags::layer_norm) values += 10 * units;
+    if (record.flags & LayerFlags::initial) values += recurrent + units;
+    return values * (record.flags & LayerFlags::bidirectional ? 2 : 1) + 3;
+}
+
+/// Activations that a record may name: three elementwise ones of an LSTM, one of a dense layer, else none.
+bool activations_fit(const ImageRecord& record) {
+    const bool lstm = record.kind == static_cast<std::uint32_t>(RecordKind::lstm);
+    const bool dense = record.kind == static_cast<std::uint32_t>(RecordKind::dense);
+    for (int place = 0; place < 4; ++place) {
+        const std::uint32_t activation = record.activations >> (8 * place) & 255;
+        const std::uint32_t limit = lstm && place < 3     ? activation_count - 1
+                                    : dense && place == 0 ? activation_count
+                                                          : 1;
+        if (activation >= limit) return false;
+    }
+    return true;
+}
+
 /// Bytes that a record's data must have by its sizes; 0 for a record that is not well formed.
 std::uint64_t expected_length(const ImageHeader& header, const ImageRecord& record) {
     const std::uint64_t a = record.sizes[0];
     const std::uint64_t b = record.sizes[1];
-    if (a == 0 || a > largest_size || b > largest_size || record.sizes[2] || record.sizes[3]) return 0;
-    switch (static_cast<RecordKind>(record.kind)) {
+    const std::uint64_t c = record.sizes[2];
+    const auto kind = static_cast<RecordKind>(record.kind);
+    if (a == 0 || a > largest_size || b > largest_size || record.sizes[3]) return 0;
+    if (kind != RecordKind::lstm && (c || record.flags)) return 0;
+    if (!activations_fit(record)) return 0;
+    const bool packed = kind == RecordKind::lstm || kind == RecordKind::dense;
+    if (record.layout != (packed ? packed_layout : 0) || (b != 0) != packed) return 0;
+    switch (kind) {
         case RecordKind::input_scaling:
         case RecordKind::output_scaling:
-            return b == 0 && record.layout == 0 ? 2 * a * value_bytes(header) : 0;
+            return 2 * a * value_bytes(header);
         case RecordKind::lstm:
-            if (b == 0 || record.layout != packed_layout) return 0;
-            // packed_size(a, b), in 64 bits also where size_t has 32
-            return gate_count * ((b + 3) / 4 * 4) * (1 + a + b) * value_bytes(header);
+            if (c >= b || (record.flags & ~LayerFlags::all)) return 0;
+            return lstm_values(record) * value_bytes(header);
         case RecordKind::dense:
-            return b != 0 && record.layout == packed_layout ? (1 + a) * b * value_bytes(header) : 0;
+            return (1 + a) * b * value_bytes(header);
         case RecordKind::feature_names:
         case RecordKind::output_names:
-            return b == 0 && record.layout == 0 ? record.length : 0;
+            return record.length;
         case RecordKind::test_vector: {
             const std::uint64_t step = static_cast<std::uint64_t>(header.input_size) + header.output_size;
-            return b == 0 && record.layout == 0 ? (1 + a * step) * value_bytes(header) : 0;
+            return (1 + a * step) * value_bytes(header);
         }
+        case RecordKind::skip:
+            return 4 * a;
     }
     return 0;
 }
@@ -57,38 +93,83 @@ bool names_are_whole(const char* data, std::uint64_t length, std::uint32_t count
     return length > 0 && data[length - 1] == '\0' && ends == count;
 }
 
-/// Position of a kind in the chain of records that compute; 0 for the others.
-int stage(std::uint32_t kind) {
-    return kind <= static_cast<std::uint32_t>(RecordKind::output_scaling) ? static_cast<int>(kind) : 0;
+/// Place of a record in the chain of those that compute, given the place of the one before; 0 for the others.
+int stage(RecordKind kind, int last) {
+    switch (kind) {
+        case RecordKind::input_scaling:
+            return 1;
+        case RecordKind::dense:
+            return last < 3 ? 2 : 4;
+        case RecordKind::lstm:
+            return 3;
+        case RecordKind::output_scaling:
+            return 5;
+        case RecordKind::skip:
+            return 6;
+        default:
+            return 0;
+    }
+}
+
+/// The header's state against the sizes of the layers.
+bool state_fits(const Image& image) {
+    const ImageHeader& header = image.header();
+    std::uint64_t rows = 0;
+    std::uint64_t h_values = 0;
+    std::uint64_t c_values = 0;
+    bool uniform = true;
+    for (const ImageRecord& record : image) {
+        if (record.kind != static_cast<std::uint32_t>(RecordKind::lstm)) continue;
+        const std::uint64_t directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
+        const std::uint64_t h_size = record.sizes[2] ? record.sizes[2] : record.sizes[1];
+        uniform = uniform && h_size == header.h_size && record.sizes[1] == header.c_size;
+        rows += directions;
+        h_values += directions * h_size;
+        c_values += directions * record.sizes[1];
+    }
+    if (rows == 0) return false;
+    if (uniform) return header.state_layers == rows;
+    return header.state_layers == 1 && header.h_size == h_values && header.c_size == c_values;
+}
+
+bool columns_fit(const ImageHeader& header, const unsigned char* data) {
+    for (std::uint32_t k = 0; k < header.output_size; ++k) {
+        std::uint32_t column = 0;
+        std::memcpy(&column, data + sizeof(column) * k, sizeof(column));
+        if (column >= header.input_size) return false;
+    }
+    return true;
 }
 
 bool records_fit(const Image& image, const unsigned char* bytes) {
     const ImageHeader& header = image.header();
     const std::uint64_t data_begin = sizeof(ImageHeader) + std::uint64_t{header.record_count} * sizeof(ImageRecord);
     std::uint64_t width = header.input_size;  // values of a step, as they pass from record to record
-    std::uint32_t layers = 0;
     int last_stage = 0;
     std::uint32_t seen = 0;
     for (const ImageRecord& record : image) {
-        if (record.kind == 0 || record.kind > static_cast<std::uint32_t>(RecordKind::test_vector)) return false;
-        if (record.zero || record.zeros[0] || record.zeros[1]) return false;
+        if (record.kind == 0 || record.kind > static_cast<std::uint32_t>(RecordKind::skip)) return false;
+        if (record.zeros[0] || record.zeros[1]) return false;
         if (record.offset % data_alignment || record.offset < data_begin || record.offset > header.length) return false;
         if (record.length > header.length - record.offset) return false;
         if (record.length == 0 || record.length != expected_length(header, record)) return false;
 
         const auto kind = static_cast<RecordKind>(record.kind);
-        if (kind != RecordKind::lstm && (seen & (1u << record.kind))) return false;
+        const bool repeats = kind == RecordKind::lstm || kind == RecordKind::dense;
+        if (!repeats && (seen & (1u << record.kind))) return false;
         seen |= 1u << record.kind;
-        if (stage(record.kind)) {
-            if (stage(record.kind) < last_stage || record.sizes[0] != width) return false;
-            last_stage = stage(record.kind);
-            if (kind == RecordKind::lstm || kind == RecordKind::dense) width = record.sizes[1];
+        if (const int place = stage(kind, last_stage)) {
+            if (place < last_stage || record.sizes[0] != width) return false;
+            if (place > 3 && last_stage < 3) return false;
+            last_stage = place;
+            if (kind == RecordKind::dense) width = record.sizes[1];
             if (kind == RecordKind::lstm) {
-                ++layers;
-                if (record.sizes[1] != header.hidden_size) return false;
-            } else if (kind != RecordKind::input_scaling && layers == 0) {
-                return false;
+                const std::uint64_t output = (record.sizes[2] ? record.sizes[2] : record.sizes[1]) *
+                                             std::uint64_t{record.flags & LayerFlags::bidirectional ? 2u : 1u};
+                if ((record.flags & LayerFlags::residual) && output != width) return false;
+                width = output;
             }
+            if (kind == RecordKind::skip && !columns_fit(header, bytes + record.offset)) return false;
         } else if (kind == RecordKind::feature_names || kind == RecordKind::output_names) {
             const std::uint32_t count = kind == RecordKind::feature_names ? header.input_size : header.output_size;
             if (record.sizes[0] != count) return false;
@@ -96,7 +177,7 @@ bool records_fit(const Image& image, const unsigned char* bytes) {
                 return false;
         }
     }
-    return layers > 0 && layers == header.num_layers && width == header.output_size;
+    return state_fits(image) && width == header.output_size;
 }
 
 /// Bitwise by nibbles: sixteen table entries are small enough for a microcontroller.
@@ -134,7 +215,8 @@ const char* image_status_text(ImageStatus status) {
             return "expected a deploy file, which begins with CELLSTEP: export one with cellstep.export(model, "
                    "\"m.cellstep\")";
         case ImageStatus::version:
-            return "expected a deploy file of version 1: install a cellstep as new as the one that wrote the file";
+            return "expected a deploy file of version 2: export the model again, with a cellstep of the same age as "
+                   "this one";
         case ImageStatus::length:
             return "the file is shorter or longer than its header says: copy or export it again";
         case ImageStatus::checksum:
@@ -180,10 +262,12 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image) {
     if (header.version != current_version) return ImageStatus::version;
     if (header.length != size) return ImageStatus::length;
     if (header.dtype > static_cast<std::uint32_t>(DataType::float64)) return ImageStatus::dtype;
-    const std::uint32_t sizes[] = {header.input_size, header.output_size, header.num_layers, header.hidden_size};
+    const std::uint32_t sizes[] = {header.input_size, header.output_size, header.state_layers, header.h_size,
+                                   header.c_size};
     for (const std::uint32_t value : sizes)
         if (value == 0 || value > largest_size) return ImageStatus::format;
-    if (header.zero || header.window > largest_size || header.horizon > largest_size) return ImageStatus::format;
+    if (header.window > largest_size || header.horizon > largest_size) return ImageStatus::format;
+    if (header.answers > static_cast<std::uint32_t>(Answers::hidden)) return ImageStatus::format;
     if (header.record_count > (size - sizeof(ImageHeader)) / sizeof(ImageRecord)) return ImageStatus::format;
     if (!records_fit(candidate, bytes)) return ImageStatus::format;
     *image = candidate;
@@ -203,7 +287,7 @@ ImageStatus check_values(const Image& image) {
 
     for (const ImageRecord& record : image) {
         const auto kind = static_cast<RecordKind>(record.kind);
-        if (kind == RecordKind::feature_names || kind == RecordKind::output_names) continue;
+        if (kind == RecordKind::feature_names || kind == RecordKind::output_names || kind == RecordKind::skip) continue;
         const bool finite = value_bytes(header) == 8
                                 ? all_finite<std::uint64_t>(bytes + record.offset, record.length, 0x7ff0000000000000u)
                                 : all_finite<std::uint32_t>(bytes + record.offset, record.length, 0x7f800000u);

@@ -3,15 +3,15 @@
 /// | bytes | header |
 /// | --- | --- |
 /// | 0..8 | magic "CELLSTEP" |
-/// | 8..12 | version, 1 |
+/// | 8..12 | version, 2 |
 /// | 12..16 | CRC-32 (IEEE 802.3, as in zlib) of the whole file with these four bytes zero |
 /// | 16..24 | total length in bytes |
 /// | 24..28 | number of records |
 /// | 28..32 | type of all values: 0 float32, 1 float64 |
 /// | 32..40 | input_size, output_size |
-/// | 40..48 | num_layers, hidden_size |
-/// | 48..56 | window, horizon: steps, 0 if not said |
-/// | 56..64 | zero |
+/// | 40..52 | state_layers, h_size, c_size: the state is h (state_layers, h_size) and c (state_layers, c_size) |
+/// | 52..60 | window, horizon: steps, 0 if not said |
+/// | 60..64 | what the heads see, see Answers |
 ///
 /// Then the records, 64 bytes each, and their data, each piece at a multiple of 64 bytes:
 ///
@@ -20,13 +20,23 @@
 /// | 0..4 | kind, see RecordKind |
 /// | 4..8 | layout of the data: 1 for packed weights (pack.h, layer.h), else 0 |
 /// | 8..24 | four sizes, unused ones zero |
-/// | 24..32 | zero |
+/// | 24..28 | options of an LSTM, see LayerFlags |
+/// | 28..32 | activations (kernels.h), a byte each: of an LSTM's gates, candidate and output; of a dense layer |
 /// | 32..40 | offset of the data from the beginning of the file |
 /// | 40..48 | length of the data in bytes |
 /// | 48..64 | zero |
 ///
-/// The records that compute stand in the order in which they are applied: at most one input scaling, the LSTM
-/// layers, at most one dense head, at most one output scaling. The others follow in any order, at most one of a kind.
+/// The records that compute stand in the order in which they are applied: at most one input scaling, dense layers,
+/// LSTM layers, of which there is at least one, dense layers, at most one output scaling, at most one skip. The others
+/// follow in any order, at most one of a kind.
+///
+/// State: where all LSTM layers have the same sizes each layer and direction has a row of h and c, in order, forward
+/// before backward; otherwise state_layers is 1 and the values of all lie side by side.
+///
+/// Data of an LSTM record: for each direction the packed weights (pack.h), then where the flags say so weight_hr
+/// transposed (hidden_size, proj_size), peepholes (3 hidden_size), norm_ih and norm_hh (4 hidden_size each), norm_c and
+/// norm_c_bias (hidden_size each), initial h (recurrent size) and initial c (hidden_size); after the directions
+/// cell_clip, zoneout of h and zoneout of c.
 #pragma once
 
 #include <cstddef>
@@ -54,13 +64,31 @@ const char* image_status_text(ImageStatus status);
 
 enum class RecordKind : std::uint32_t {
     input_scaling = 1,   ///< sizes: n; data: n offsets, n scales; x becomes (x - offset) * scale
-    lstm = 2,            ///< sizes: input_size, hidden_size; data: packed layer
+    lstm = 2,            ///< sizes: input_size, hidden_size, proj_size or 0; data: see above
     dense = 3,           ///< sizes: in_size, out_size; data: packed dense layer
     output_scaling = 4,  ///< sizes: n; data: n offsets, n scales; y becomes y * scale + offset
     feature_names = 5,   ///< sizes: count; data: UTF-8 names, each ended by a zero byte
     output_names = 6,    ///< the same
     test_vector = 7,     ///< sizes: steps; data: tolerance, x (steps, input_size), y (steps, output_size)
+    skip = 8,            ///< sizes: output_size; data: as many 32-bit columns of x that are added to y
 };
+
+/// What the heads see when whole windows are answered.
+enum class Answers : std::uint32_t {
+    every = 0,   ///< the output of every step
+    last = 1,    ///< the output of the last step
+    hidden = 2,  ///< the last hidden state of the last LSTM layer, forward and backward side by side
+};
+
+namespace LayerFlags {
+constexpr std::uint32_t bidirectional = 1;
+constexpr std::uint32_t peephole = 2;
+constexpr std::uint32_t layer_norm = 4;
+constexpr std::uint32_t coupled = 8;
+constexpr std::uint32_t residual = 16;  ///< the layer adds its input to its output
+constexpr std::uint32_t initial = 32;   ///< the data hold an initial state
+constexpr std::uint32_t all = 63;
+}  // namespace LayerFlags
 
 enum class DataType : std::uint32_t { float32 = 0, float64 = 1 };
 
@@ -73,18 +101,20 @@ struct ImageHeader {
     std::uint32_t dtype;
     std::uint32_t input_size;
     std::uint32_t output_size;
-    std::uint32_t num_layers;
-    std::uint32_t hidden_size;
+    std::uint32_t state_layers;
+    std::uint32_t h_size;
+    std::uint32_t c_size;
     std::uint32_t window;
     std::uint32_t horizon;
-    std::uint64_t zero;
+    std::uint32_t answers;
 };
 
 struct ImageRecord {
     std::uint32_t kind;
     std::uint32_t layout;
     std::uint32_t sizes[4];
-    std::uint64_t zero;
+    std::uint32_t flags;
+    std::uint32_t activations;
     std::uint64_t offset;
     std::uint64_t length;
     std::uint64_t zeros[2];

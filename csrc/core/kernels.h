@@ -54,11 +54,73 @@ struct StepBackward {
     T* grad_gates;       ///< (batch, 4 hidden_size): out, for the sums before the activations
 };
 
+/// The numbers are those of deploy files and operators; softmax is for rows of outputs alone.
+enum class Activation : unsigned char { linear, relu, sigmoid, tanh, hard_sigmoid, hardsigmoid, softmax };
+constexpr unsigned activation_count = 7;
+
+/// What a layer has beyond the plain LSTM; all values of one gate lie together, gates in order i, f, g, o. The formula
+/// is in python/cellstep/formula.py.
+template <class T>
+struct LayerOptions {
+    bool coupled = false;
+    Activation gate = Activation::sigmoid;
+    Activation candidate = Activation::tanh;
+    Activation output = Activation::tanh;
+    T cell_clip = 0;
+    T zoneout_h = 0;
+    T zoneout_c = 0;
+    const T* projection = nullptr;   ///< (hidden_size, recurrent_size): weight_hr transposed, or null
+    const T* peephole = nullptr;     ///< (3 hidden_size): i, f, o, or null
+    const T* norm_ih = nullptr;      ///< (4 hidden_size), or null like the next three
+    const T* norm_hh = nullptr;      ///< (4 hidden_size)
+    const T* norm_c = nullptr;       ///< (hidden_size)
+    const T* norm_c_bias = nullptr;  ///< (hidden_size)
+};
+
+/// What a call to a layer may bring along; each may be null.
+template <class T>
+struct LayerMasks {
+    const unsigned char* reset = nullptr;  ///< (steps, batch) through its strides: rows to clear before the step
+    std::ptrdiff_t reset_step_stride = 0;
+    std::ptrdiff_t reset_row_stride = 0;
+    const T* initial_h = nullptr;  ///< (recurrent_size): what cleared rows get; null: zero
+    const T* initial_c = nullptr;  ///< (hidden_size)
+    const T* mask_h = nullptr;     ///< (batch, recurrent_size), times the h that comes back
+    const T* mask_g = nullptr;     ///< (batch, hidden_size), times the candidate
+    const T* keep_h = nullptr;     ///< (steps, batch, recurrent_size): share of the old h, in place of zoneout_h
+    const T* keep_c = nullptr;     ///< (steps, batch, hidden_size): the same of c
+};
+
+/// The recurrence of a layer with options, once the input projection lies in `sums`.
+template <class T>
+struct VariantSweep {
+    std::size_t steps;
+    std::size_t batch;
+    std::size_t input_size;
+    std::size_t hidden_size;
+    std::size_t recurrent_size;  ///< values of h: hidden_size, or less behind a projection
+    const T* packed;             ///< the layer in the layout of pack.h
+    T* sums;  ///< for each panel (steps * batch, 4 width): input part, with the bias unless there is norm_ih;
+              ///< overwritten
+    T* h;     ///< (batch, recurrent_size), updated in place
+    T* c;     ///< (batch, hidden_size), updated in place
+    T* y;     ///< (steps, batch, recurrent_size), the h of every step
+    std::ptrdiff_t y_step_stride;
+    std::ptrdiff_t y_row_stride;
+    T* cells;    ///< null, or (steps, batch, hidden_size): the c of every step
+    T* scratch;  ///< variant_scratch values
+    LayerOptions<T> options;
+    LayerMasks<T> masks;
+};
+
 template <class T>
 struct Kernels {
     void (*product)(const Product<T>&);
     void (*sweep)(const Sweep<T>&);
     void (*step_backward)(const StepBackward<T>&);
+    void (*variant_sweep)(const VariantSweep<T>&);
+    /// Applies an activation to `rows` contiguous rows of `width` values in place.
+    void (*activate)(Activation activation, std::size_t rows, std::size_t width, T* values);
 };
 
 /// The kernels of the best instruction set that this machine has, chosen at the first call. The environment

@@ -14,20 +14,43 @@ void zero(T* values, std::size_t count) {
     for (std::size_t at = 0; at < count; ++at) values[at] = T(0);
 }
 
-/// Copies x to contiguous rows, scaled to what the layer was trained on.
+/// The rows of x one after the other: x itself if they lie so, else a copy in `rows`.
 template <class T>
-void gather(const LayerForward<T>& layer, T* rows) {
-    for (std::size_t step = 0; step < layer.steps; ++step) {
-        for (std::size_t row = 0; row < layer.batch; ++row) {
-            const T* source = layer.x.data + static_cast<std::ptrdiff_t>(step) * layer.x.step_stride +
-                              static_cast<std::ptrdiff_t>(row) * layer.x.row_stride;
-            for (std::size_t k = 0; k < layer.input_size; ++k, source += layer.x.feature_stride) {
-                T value = *source;
-                if (layer.offset) value -= layer.offset[k];
-                if (layer.scale) value *= layer.scale[k];
-                *rows++ = value;
-            }
+const T* gather(const SequenceView<T>& x, std::size_t steps, std::size_t batch, std::size_t features, T* rows) {
+    const std::ptrdiff_t row_size = static_cast<std::ptrdiff_t>(features);
+    if (x.feature_stride == 1 && (batch == 1 || x.row_stride == row_size) &&
+        (steps == 1 || x.step_stride == row_size * static_cast<std::ptrdiff_t>(batch)))
+        return x.data;
+    T* target = rows;
+    for (std::size_t step = 0; step < steps; ++step) {
+        for (std::size_t row = 0; row < batch; ++row) {
+            const T* source = x.data + static_cast<std::ptrdiff_t>(step) * x.step_stride +
+                              static_cast<std::ptrdiff_t>(row) * x.row_stride;
+            for (std::size_t k = 0; k < features; ++k, source += x.feature_stride) *target++ = *source;
         }
+    }
+    return rows;
+}
+
+/// The input part of all gate sums, panel by panel, begun with the bias or with zero.
+template <class T>
+void project(const T* packed, std::size_t rows, std::size_t input_size, std::size_t hidden_size,
+             std::size_t recurrent_size, bool bias, const T* x, T* sums) {
+    std::size_t width = 0;
+    for (std::size_t unit = 0; unit < hidden_size; unit += width) {
+        width = panel_width(hidden_size - unit);
+        const std::size_t columns = gate_count * width;
+        const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(columns);
+        for (std::size_t row = 0; row < rows; ++row) {
+            if (bias)
+                std::memcpy(sums + row * columns, packed, columns * sizeof(T));
+            else
+                zero(sums + row * columns, columns);
+        }
+        kernels<T>().product({rows, columns, input_size, x, static_cast<std::ptrdiff_t>(input_size), 1,
+                              packed + columns, stride, sums, stride});
+        packed += columns * (1 + input_size + recurrent_size);
+        sums += columns * rows;
     }
 }
 
@@ -37,33 +60,36 @@ std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t inpu
     return steps * batch * (gate_count * padded_size(hidden_size) + input_size);
 }
 
+std::size_t variant_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size) {
+    // Gate sums of a step, c, o and h before the projection, and twice h behind it, which is no larger.
+    return layer_scratch(steps, batch, input_size, hidden_size) +
+           batch * (gate_count * padded_size(hidden_size) + 5 * hidden_size);
+}
+
 template <class T>
 void layer_forward(const LayerForward<T>& layer, T* scratch) {
-    const Kernels<T>& kernel = kernels<T>();
     const std::size_t rows = layer.steps * layer.batch;
-    const std::size_t depth = 1 + layer.input_size + layer.hidden_size;
     T* sums = scratch;
-    T* x = scratch + rows * gate_count * padded_size(layer.hidden_size);
-    gather(layer, x);
+    const T* x = gather(layer.x, layer.steps, layer.batch, layer.input_size,
+                        scratch + rows * gate_count * padded_size(layer.hidden_size));
+    project(layer.packed, rows, layer.input_size, layer.hidden_size, layer.hidden_size, true, x, sums);
+    kernels<T>().sweep({layer.steps, layer.batch, layer.input_size, layer.hidden_size, layer.packed, sums, layer.h,
+                        static_cast<std::ptrdiff_t>(layer.hidden_size), layer.c, layer.y.data, layer.y.step_stride,
+                        layer.y.row_stride, layer.gates, layer.cells});
+}
 
-    const T* panel = layer.packed;
-    T* panel_sums = sums;
-    std::size_t width = 0;
-    for (std::size_t unit = 0; unit < layer.hidden_size; unit += width) {
-        width = panel_width(layer.hidden_size - unit);
-        const std::size_t columns = gate_count * width;
-        const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(columns);
-        for (std::size_t row = 0; row < rows; ++row)
-            std::memcpy(panel_sums + row * columns, panel, columns * sizeof(T));
-        kernel.product({rows, columns, layer.input_size, x, static_cast<std::ptrdiff_t>(layer.input_size), 1,
-                        panel + columns, stride, panel_sums, stride});
-        panel += columns * depth;
-        panel_sums += columns * rows;
-    }
-
-    kernel.sweep({layer.steps, layer.batch, layer.input_size, layer.hidden_size, layer.packed, sums, layer.h,
-                  static_cast<std::ptrdiff_t>(layer.hidden_size), layer.c, layer.y.data, layer.y.step_stride,
-                  layer.y.row_stride, layer.gates, layer.cells});
+template <class T>
+void variant_forward(const VariantForward<T>& layer, T* scratch) {
+    const std::size_t rows = layer.steps * layer.batch;
+    T* sums = scratch;
+    T* x_rows = scratch + rows * gate_count * padded_size(layer.hidden_size);
+    const T* x = gather(layer.x, layer.steps, layer.batch, layer.input_size, x_rows);
+    project(layer.packed, rows, layer.input_size, layer.hidden_size, layer.recurrent_size, !layer.options.norm_ih, x,
+            sums);
+    kernels<T>().variant_sweep({layer.steps, layer.batch, layer.input_size, layer.hidden_size, layer.recurrent_size,
+                                layer.packed, sums, layer.h, layer.c, layer.y.data, layer.y.step_stride,
+                                layer.y.row_stride, layer.cells, x_rows + rows * layer.input_size, layer.options,
+                                layer.masks});
 }
 
 template <class T>
@@ -80,6 +106,10 @@ void layer_backward(const LayerBackward<T>& layer) {
     for (std::size_t step = layer.steps; step-- > 0;) {
         const T* grad_y = layer.grad_y + step * state;
         for (std::size_t at = 0; at < state; ++at) layer.grad_h[at] += grad_y[at];
+        if (layer.grad_cells) {
+            const T* grad_cells = layer.grad_cells + step * state;
+            for (std::size_t at = 0; at < state; ++at) layer.grad_c[at] += grad_cells[at];
+        }
         T* grad_gates = layer.grad_gates + step * layer.batch * gates;
         kernel.step_backward({layer.batch, units, layer.gates + step * layer.batch * gates, layer.cells + step * state,
                               step ? layer.cells + (step - 1) * state : layer.c0, layer.grad_h, layer.grad_c,
@@ -127,6 +157,15 @@ void pack_dense(std::size_t in_size, std::size_t out_size, MatrixView<T> weight,
     }
 }
 
+template <class T>
+void apply_activation(Activation activation, std::size_t rows, std::size_t width, T* values) {
+    kernels<T>().activate(activation, rows, width, values);
+}
+
+template void apply_activation<float>(Activation, std::size_t, std::size_t, float*);
+template void apply_activation<double>(Activation, std::size_t, std::size_t, double*);
+template void variant_forward<float>(const VariantForward<float>&, float*);
+template void variant_forward<double>(const VariantForward<double>&, double*);
 template void layer_forward<float>(const LayerForward<float>&, float*);
 template void layer_forward<double>(const LayerForward<double>&, double*);
 template void layer_backward<float>(const LayerBackward<float>&);

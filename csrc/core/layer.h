@@ -9,6 +9,7 @@
 
 #include <cstddef>
 
+#include "core/kernels.h"
 #include "core/pack.h"
 
 namespace cellstep {
@@ -37,10 +38,8 @@ struct LayerForward {
     std::size_t batch;
     std::size_t input_size;
     std::size_t hidden_size;
-    const T* packed;      ///< packed_size(input_size, hidden_size) values, see pack.h
-    SequenceView<T> x;    ///< (steps, batch, input_size)
-    const T* offset;      ///< null, or input_size values taken from x first
-    const T* scale;       ///< null, or input_size values that multiply what is left
+    const T* packed;      ///< packed_size(input_size, hidden_size, hidden_size) values, see pack.h
+    SequenceView<T> x;    ///< (steps, batch, input_size); negative strides run a sequence backwards
     const T* h;           ///< (batch, hidden_size) before the first step; must not lie in y
     T* c;                 ///< (batch, hidden_size), updated in place
     SequenceTarget<T> y;  ///< (steps, batch, hidden_size)
@@ -57,6 +56,31 @@ std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t inpu
 template <class T>
 void layer_forward(const LayerForward<T>& layer, T* scratch);
 
+/// A layer with options; h is updated in place, unlike above.
+template <class T>
+struct VariantForward {
+    std::size_t steps;
+    std::size_t batch;
+    std::size_t input_size;
+    std::size_t hidden_size;
+    std::size_t recurrent_size;  ///< values of h: hidden_size, or less behind a projection
+    const T* packed;             ///< packed_size(input_size, hidden_size, recurrent_size) values
+    SequenceView<T> x;           ///< (steps, batch, input_size)
+    T* h;                        ///< (batch, recurrent_size), updated in place; must not lie in y
+    T* c;                        ///< (batch, hidden_size), updated in place
+    SequenceTarget<T> y;         ///< (steps, batch, recurrent_size)
+    T* cells;                    ///< null, or (steps, batch, hidden_size): c of every step
+    LayerOptions<T> options;
+    LayerMasks<T> masks;
+};
+
+/// Values of scratch memory that variant_forward needs for a call of this size.
+std::size_t variant_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size);
+
+/// Runs a layer with options; what holds for the bits of layer_forward holds here.
+template <class T>
+void variant_forward(const VariantForward<T>& layer, T* scratch);
+
 template <class T>
 struct LayerBackward {
     std::size_t steps;
@@ -72,6 +96,7 @@ struct LayerBackward {
     const T* gates;           ///< (steps, batch, 4 hidden_size), as saved by layer_forward
     const T* cells;           ///< (steps, batch, hidden_size), as saved by layer_forward
     const T* grad_y;          ///< (steps, batch, hidden_size)
+    const T* grad_cells;      ///< null, or (steps, batch, hidden_size): for the c of every step
     T* grad_h;                ///< (batch, hidden_size): in for the last h, out for h0
     T* grad_c;                ///< (batch, hidden_size): in for the last c, out for c0
     T* grad_x;                ///< (steps, batch, input_size), out
@@ -90,6 +115,10 @@ void layer_backward(const LayerBackward<T>& layer);
 template <class T>
 void dense_forward(std::size_t rows, std::size_t in_size, std::size_t out_size, const T* packed, const T* x,
                    std::ptrdiff_t x_stride, T* y, std::ptrdiff_t y_stride);
+
+/// Applies an activation to `rows` contiguous rows of `width` values in place.
+template <class T>
+void apply_activation(Activation activation, std::size_t rows, std::size_t width, T* values);
 
 /// Writes (1 + in_size) * out_size values to `packed`; weight is (out_size, in_size), bias may be null.
 template <class T>

@@ -12,13 +12,22 @@ STABLE_TORCH_LIBRARY(cellstep, library) {
         "lstm_layer(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
         "Tensor? bias_hh, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     library.def(
-        "lstm_layer_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor x, Tensor h, Tensor c, "
+        "lstm_layer_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor? grad_cells, Tensor x, Tensor h, "
+        "Tensor c, "
         "Tensor weight_ih, Tensor weight_hh, Tensor y, Tensor gates, Tensor cells) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-    library.def("dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
     library.def(
-        "run_model(Tensor image, Tensor x, Tensor h, Tensor c, int output_size, bool last_only) "
-        "-> (Tensor, Tensor, Tensor)");
+        "lstm_variant(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+        "Tensor? bias_hh, Tensor? weight_hr, Tensor? weight_peephole, Tensor? norm_ih, Tensor? norm_hh, "
+        "Tensor? norm_c, Tensor? norm_c_bias, Tensor? reset, Tensor? initial_h, Tensor? initial_c, Tensor? mask_h, "
+        "Tensor? mask_g, Tensor? keep_h, Tensor? keep_c, bool coupled, float cell_clip, float zoneout_h, "
+        "float zoneout_c, int gate_activation, int activation, int output_activation, bool save_cells) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+    library.def("dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+    library.def("activate(Tensor x, int activation) -> Tensor");
+    library.def(
+        "run_model(Tensor image, Tensor x, Tensor h, Tensor c, int output_size, int answers, Tensor? lengths, "
+        "Tensor? reset) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cellstep, CPU, library) {
@@ -26,6 +35,8 @@ STABLE_TORCH_LIBRARY_IMPL(cellstep, CPU, library) {
     library.impl("lstm_cell_backward", TORCH_BOX(&cellstep::ops::lstm_cell_backward));
     library.impl("lstm_layer", TORCH_BOX(&cellstep::ops::lstm_layer));
     library.impl("lstm_layer_backward", TORCH_BOX(&cellstep::ops::lstm_layer_backward));
+    library.impl("lstm_variant", TORCH_BOX(&cellstep::ops::lstm_variant));
+    library.impl("activate", TORCH_BOX(&cellstep::ops::activate));
     library.impl("dense", TORCH_BOX(&cellstep::ops::dense));
     library.impl("run_model", TORCH_BOX(&cellstep::ops::run_model));
 }

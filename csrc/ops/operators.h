@@ -26,20 +26,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer(Tensor x, Tensor h
                                                               Tensor weight_hh, std::optional<Tensor> bias_ih,
                                                               std::optional<Tensor> bias_hh, bool save);
 
-/// -> gradients of x, h, c, weight_ih, weight_hh and of either bias (4 H).
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(Tensor grad_y, Tensor grad_h,
-                                                                               Tensor grad_c, Tensor x, Tensor h,
-                                                                               Tensor c, Tensor weight_ih,
-                                                                               Tensor weight_hh, Tensor y, Tensor gates,
-                                                                               Tensor cells);
+/// grad_cells: for the c of every step, if anything came for it. -> gradients of x, h, c, weight_ih, weight_hh and of
+/// either bias (4 H).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(
+    Tensor grad_y, Tensor grad_h, Tensor grad_c, std::optional<Tensor> grad_cells, Tensor x, Tensor h, Tensor c,
+    Tensor weight_ih, Tensor weight_hh, Tensor y, Tensor gates, Tensor cells);
+
+/// A layer with options, forward alone: x (T, N, I), h (N, R), c (N, H) -> y (T, N, R), h, c, and c of every step
+/// (T, N, H), empty unless `save_cells`. python/cellstep/formula.py has the formula and the shapes of the others.
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_variant(
+    Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, std::optional<Tensor> bias_ih,
+    std::optional<Tensor> bias_hh, std::optional<Tensor> weight_hr, std::optional<Tensor> weight_peephole,
+    std::optional<Tensor> norm_ih, std::optional<Tensor> norm_hh, std::optional<Tensor> norm_c,
+    std::optional<Tensor> norm_c_bias, std::optional<Tensor> reset, std::optional<Tensor> initial_h,
+    std::optional<Tensor> initial_c, std::optional<Tensor> mask_h, std::optional<Tensor> mask_g,
+    std::optional<Tensor> keep_h, std::optional<Tensor> keep_c, bool coupled, double cell_clip, double zoneout_h,
+    double zoneout_c, std::int64_t gate_activation, std::int64_t activation, std::int64_t output_activation,
+    bool save_cells);
 
 /// x (..., I), weight (O, I), bias (O) -> x weight^T + bias, (..., O), each sum in order of the inputs.
 Tensor dense(Tensor x, Tensor weight, std::optional<Tensor> bias);
 
-/// image: the bytes of a deploy file (core/image.h); x (N, T, I), h and c (L, N, H) -> y (N, T, O), or (N, 1, O) if
-/// last_only, and the state after the last step.
+/// An activation by its number in core/kernels.h on every value of x; softmax over the last axis.
+Tensor activate(Tensor x, std::int64_t activation);
+
+/// image: the bytes of a deploy file (core/image.h); x (N, T, I), h (S, N, h_size) and c (S, N, c_size) -> y (N, T, O),
+/// or (N, O) unless every step is answered, and the state after the last step. `answers` as core/image.h numbers them.
+/// lengths (N) int64: the steps of each row; reset (N, T) bool: rows to put to the initial state before the step.
 std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, Tensor h, Tensor c, std::int64_t output_size,
-                                             bool last_only);
+                                             std::int64_t answers, std::optional<Tensor> lengths,
+                                             std::optional<Tensor> reset);
 
 }  // namespace ops
 }  // namespace cellstep

@@ -49,6 +49,8 @@ inline const char* dtype_text(const Tensor& tensor) {
             return "float16";
         case ScalarType::BFloat16:
             return "bfloat16";
+        case ScalarType::Bool:
+            return "bool";
         default:
             return "another type";
     }
@@ -81,6 +83,14 @@ inline void check_argument(const char* op, const char* name, const Tensor& tenso
     }
     fail(op, ": expected ", name, " of shape ", expected.str(), "), got ", shape_text(tensor),
          ": check the sizes of input, state and weights");
+}
+
+/// A tensor of flags on the CPU with these sizes, any strides.
+inline void check_mask(const char* op, const char* name, const Tensor& mask,
+                       std::initializer_list<std::int64_t> sizes) {
+    if (!mask.is_cpu() || mask.scalar_type() != ScalarType::Bool)
+        fail(op, ": expected ", name, " as bool on the CPU, got another type or device: convert it with .bool()");
+    check_argument(op, name, mask, mask, sizes);
 }
 
 /// An uninitialised contiguous tensor of x's dtype, straight from the allocator and past the dispatcher.

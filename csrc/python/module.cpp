@@ -107,9 +107,20 @@ public:
         return call(x, 1, {outputs()}, cellstep_session_run);
     }
 
-    py::array run(const py::object& value) {
+    py::array run(const py::object& value, const std::optional<py::object>& reset) {
         const Array<float> x = sequence(value);
-        return call(x, x.shape(0), {x.shape(0), outputs()}, cellstep_session_run);
+        if (!reset) return call(x, x.shape(0), {x.shape(0), outputs()}, cellstep_session_run);
+        const Array<bool> mask = Array<bool>::ensure(*reset);
+        if (!mask || mask.ndim() != 1 || mask.shape(0) != x.shape(0)) {
+            PyErr_Clear();
+            throw py::value_error("expected reset with one flag for each of the " + std::to_string(x.shape(0)) +
+                                  " steps");
+        }
+        const auto* flags = reinterpret_cast<const unsigned char*>(mask.data());
+        return call(x, x.shape(0), {x.shape(0), outputs()},
+                    [flags](cellstep_session* session, const float* source, std::size_t steps, float* target) {
+                        return cellstep_session_run_reset(session, source, flags, steps, target);
+                    });
     }
 
     py::array forecast(const py::object& value) {
@@ -121,8 +132,8 @@ public:
     void reset() { cellstep_session_reset(handle_); }
 
     std::pair<py::array, py::array> state() const {
-        Array<float> h(state_shape());
-        Array<float> c(state_shape());
+        Array<float> h(h_shape());
+        Array<float> c(c_shape());
         cellstep_session_get_state(handle_, h.mutable_data(), c.mutable_data());
         return {h, c};
     }
@@ -130,8 +141,8 @@ public:
     void set_state(const std::pair<py::object, py::object>& state) {
         const Array<float> h = floats(state.first, "h");
         const Array<float> c = floats(state.second, "c");
-        expect_shape(h, state_shape(), "h");
-        expect_shape(c, state_shape(), "c");
+        expect_shape(h, h_shape(), "h");
+        expect_shape(c, c_shape(), "c");
         cellstep_session_set_state(handle_, h.data(), c.data());
     }
 
@@ -140,7 +151,8 @@ public:
 private:
     py::ssize_t inputs() const { return model->info.input_size; }
     py::ssize_t outputs() const { return model->info.output_size; }
-    std::vector<py::ssize_t> state_shape() const { return {model->info.num_layers, model->info.hidden_size}; }
+    std::vector<py::ssize_t> h_shape() const { return {model->info.num_layers, model->info.h_size}; }
+    std::vector<py::ssize_t> c_shape() const { return {model->info.num_layers, model->info.hidden_size}; }
 
     Array<float> sequence(const py::object& value) const {
         Array<float> x = floats(value, "x");
@@ -153,8 +165,12 @@ private:
         Array<float> y(shape);
         const float* source = x.data();
         float* target = y.mutable_data();
-        py::gil_scoped_release release;
-        function(handle_, source, static_cast<std::size_t>(steps), target);
+        cellstep_status status = CELLSTEP_OK;
+        {
+            py::gil_scoped_release release;
+            status = function(handle_, source, static_cast<std::size_t>(steps), target);
+        }
+        if (status == CELLSTEP_ERROR_MEMORY) throw std::bad_alloc();
         return y;
     }
 
@@ -168,19 +184,20 @@ cellstep::core::MatrixView<T> view(const Array<T>& matrix) {
 
 template <class T>
 Array<T> pack_layer(const Array<T>& weight_ih, const Array<T>& weight_hh, const std::optional<Array<T>>& bias_ih,
-                    const std::optional<Array<T>>& bias_hh) {
-    if (weight_ih.ndim() != 2 || weight_hh.ndim() != 2 || weight_hh.shape(0) != 4 * weight_hh.shape(1) ||
-        weight_ih.shape(0) != weight_hh.shape(0))
-        throw py::value_error(
-            "expected weight_ih (4 hidden_size, input_size) and weight_hh (4 hidden_size, hidden_size)");
+                    const std::optional<Array<T>>& bias_hh, bool coupled) {
+    const py::ssize_t gates = coupled ? 3 : 4;
+    if (weight_ih.ndim() != 2 || weight_hh.ndim() != 2 || weight_hh.shape(0) % gates != 0 ||
+        weight_hh.shape(1) > weight_hh.shape(0) / gates || weight_ih.shape(0) != weight_hh.shape(0))
+        throw py::value_error("expected weight_ih and weight_hh with a row for each unit of each gate");
     for (const auto* bias : {&bias_ih, &bias_hh})
         if (*bias && ((*bias)->ndim() != 1 || (*bias)->shape(0) != weight_hh.shape(0)))
-            throw py::value_error("expected biases of 4 hidden_size values");
+            throw py::value_error("expected biases with a value for each row of the weights");
     const std::size_t inputs = static_cast<std::size_t>(weight_ih.shape(1));
-    const std::size_t units = static_cast<std::size_t>(weight_hh.shape(1));
-    Array<T> packed(static_cast<py::ssize_t>(cellstep::core::packed_size(inputs, units)));
-    cellstep::core::pack_layer<T>({inputs, units, view(weight_ih), view(weight_hh), bias_ih ? bias_ih->data() : nullptr,
-                                   bias_hh ? bias_hh->data() : nullptr},
+    const std::size_t units = static_cast<std::size_t>(weight_hh.shape(0) / gates);
+    const std::size_t recurrent = static_cast<std::size_t>(weight_hh.shape(1));
+    Array<T> packed(static_cast<py::ssize_t>(cellstep::core::packed_size(inputs, units, recurrent)));
+    cellstep::core::pack_layer<T>({inputs, units, recurrent, coupled, view(weight_ih), view(weight_hh),
+                                   bias_ih ? bias_ih->data() : nullptr, bias_hh ? bias_hh->data() : nullptr},
                                   packed.mutable_data());
     return packed;
 }
@@ -198,7 +215,7 @@ Array<T> pack_dense(const Array<T>& weight, const std::optional<Array<T>>& bias)
 template <class T>
 void bind_packing(py::module_& module) {
     module.def("pack_layer", &pack_layer<T>, py::arg("weight_ih").noconvert(), py::arg("weight_hh").noconvert(),
-               py::arg("bias_ih").none(true), py::arg("bias_hh").none(true));
+               py::arg("bias_ih").none(true), py::arg("bias_hh").none(true), py::arg("coupled") = false);
     module.def("pack_dense", &pack_dense<T>, py::arg("weight").noconvert(), py::arg("bias").none(true));
 }
 
@@ -216,6 +233,8 @@ PYBIND11_MODULE(_runtime, module) {
         .def_property_readonly("output_size", [](const Model& model) { return model.info.output_size; })
         .def_property_readonly("num_layers", [](const Model& model) { return model.info.num_layers; })
         .def_property_readonly("hidden_size", [](const Model& model) { return model.info.hidden_size; })
+        .def_property_readonly("h_size", [](const Model& model) { return model.info.h_size; })
+        .def_property_readonly("answers", [](const Model& model) { return model.info.answers; })
         .def_property_readonly("window", [](const Model& model) { return model.info.window; })
         .def_property_readonly("horizon", [](const Model& model) { return model.info.horizon; })
         .def_property_readonly("feature_names",
@@ -233,7 +252,7 @@ PYBIND11_MODULE(_runtime, module) {
         .def(py::init<std::shared_ptr<Model>>())
         .def_readonly("model", &Session::model)
         .def("step", &Session::step)
-        .def("run", &Session::run)
+        .def("run", &Session::run, py::arg("x"), py::arg("reset") = py::none())
         .def("forecast", &Session::forecast)
         .def("reset", &Session::reset)
         .def_property("state", &Session::state, &Session::set_state);

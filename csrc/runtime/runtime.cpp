@@ -10,6 +10,7 @@
 #include "core/image.h"
 #include "core/kernels.h"
 
+using cellstep::core::Answers;
 using cellstep::core::Image;
 using cellstep::core::ImageHeader;
 using cellstep::core::ImageRecord;
@@ -27,6 +28,8 @@ struct cellstep_session {
     float* h;
     float* c;
     float* scratch;
+    std::size_t
+        scratch_steps;  // as many steps as fit into scratch; calls are cut to them, but for bidirectional models
 };
 
 namespace {
@@ -36,9 +39,14 @@ constexpr std::size_t steps_per_call = 64;
 
 cellstep_status from(ImageStatus status) { return static_cast<cellstep_status>(status); }
 
-std::size_t state_count(const cellstep_model* model) {
+std::size_t h_count(const cellstep_model* model) {
     const ImageHeader& header = model->image.header();
-    return static_cast<std::size_t>(header.num_layers) * header.hidden_size;
+    return static_cast<std::size_t>(header.state_layers) * header.h_size;
+}
+
+std::size_t c_count(const cellstep_model* model) {
+    const ImageHeader& header = model->image.header();
+    return static_cast<std::size_t>(header.state_layers) * header.c_size;
 }
 
 /// Checks `data` and makes a model of it. Takes over `owned`, which is freed if the data are refused.
@@ -55,19 +63,36 @@ cellstep_status adopt(const void* data, std::size_t size, void* owned, cellstep_
     return status;
 }
 
-void run(cellstep_session* session, const float* x, std::size_t steps, float* y, bool last_only) {
+/// A bidirectional model needs the whole sequence at once, and so scratch memory for all of it.
+bool reserve(cellstep_session* session, std::size_t steps) {
+    if (steps <= session->scratch_steps || !cellstep::core::is_bidirectional(session->model->image)) return true;
+    const std::size_t count = cellstep::core::model_scratch<float>(session->model->image, steps, 1);
+    float* larger = static_cast<float*>(std::malloc(count * sizeof(float)));
+    if (!larger) return false;
+    std::free(session->scratch);
+    session->scratch = larger;
+    session->scratch_steps = steps;
+    return true;
+}
+
+cellstep_status run(cellstep_session* session, const float* x, const unsigned char* reset, std::size_t steps, float* y,
+                    Answers answers) {
+    if (!reserve(session, steps)) return CELLSTEP_ERROR_MEMORY;
     const ImageHeader& header = session->model->image.header();
     const std::ptrdiff_t inputs = static_cast<std::ptrdiff_t>(header.input_size);
     const std::ptrdiff_t outputs = static_cast<std::ptrdiff_t>(header.output_size);
     while (steps > 0) {
-        const std::size_t part = steps < steps_per_call ? steps : steps_per_call;
+        const std::size_t part = steps < session->scratch_steps ? steps : session->scratch_steps;
         cellstep::core::run_model<float>(
-            session->model->image, {part, 1, {x, inputs, 0, 1}, session->h, session->c, {y, outputs, 0}, last_only},
+            session->model->image,
+            {part, 1, {x, inputs, 0, 1}, session->h, session->c, {y, outputs, 0}, answers, reset, 1, 0},
             session->scratch);
         x += static_cast<std::ptrdiff_t>(part) * inputs;
-        if (!last_only) y += static_cast<std::ptrdiff_t>(part) * outputs;
+        if (reset) reset += part;
+        if (answers == Answers::every) y += static_cast<std::ptrdiff_t>(part) * outputs;
         steps -= part;
     }
+    return CELLSTEP_OK;
 }
 
 }  // namespace
@@ -160,8 +185,8 @@ void cellstep_model_destroy(cellstep_model* model) {
 cellstep_status cellstep_model_get_info(const cellstep_model* model, cellstep_model_info* info) {
     if (!model || !info) return CELLSTEP_ERROR_ARGUMENT;
     const ImageHeader& header = model->image.header();
-    *info = {header.input_size,  header.output_size, header.num_layers,
-             header.hidden_size, header.window,      header.horizon};
+    *info = {header.input_size, header.output_size, header.state_layers, header.c_size,
+             header.window,     header.horizon,     header.h_size,       header.answers};
     return CELLSTEP_OK;
 }
 
@@ -182,24 +207,25 @@ cellstep_status cellstep_model_selftest(const cellstep_model* model, float* erro
     const cellstep_status status = cellstep_session_create(model, &session);
     if (status != CELLSTEP_OK) return status;
     const ImageHeader& header = model->image.header();
-    float* y = static_cast<float*>(std::malloc(header.output_size * sizeof(float)));
-    if (!y) {
-        cellstep_session_destroy(session);
-        return CELLSTEP_ERROR_MEMORY;
-    }
+    const std::size_t steps = record->sizes[0];
+    const std::size_t count = steps * header.output_size;
+    float* y = static_cast<float*>(std::malloc(count * sizeof(float)));
     const float* data = model->image.data<float>(*record);
     const float tolerance = data[0];
     const float* x = data + 1;
-    const float* expected = x + static_cast<std::size_t>(record->sizes[0]) * header.input_size;
+    const float* expected = x + steps * header.input_size;
+    const cellstep_status ran = y ? run(session, x, nullptr, steps, y, Answers::every) : CELLSTEP_ERROR_MEMORY;
+    if (ran != CELLSTEP_OK) {
+        std::free(y);
+        cellstep_session_destroy(session);
+        return ran;
+    }
     float largest = 0.0f;
     bool agrees = true;
-    for (std::uint32_t step = 0; step < record->sizes[0]; ++step, x += header.input_size) {
-        run(session, x, 1, y, false);
-        for (std::uint32_t k = 0; k < header.output_size; ++k) {
-            const float difference = std::fabs(y[k] - *expected++);
-            if (!(difference <= tolerance)) agrees = false;  // also for NaN
-            if (!(difference <= largest)) largest = difference;
-        }
+    for (std::size_t at = 0; at < count; ++at) {
+        const float difference = std::fabs(y[at] - expected[at]);
+        if (!(difference <= tolerance)) agrees = false;  // also for NaN
+        if (!(difference <= largest)) largest = difference;
     }
     std::free(y);
     cellstep_session_destroy(session);
@@ -210,16 +236,18 @@ cellstep_status cellstep_model_selftest(const cellstep_model* model, float* erro
 cellstep_status cellstep_session_create(const cellstep_model* model, cellstep_session** session) {
     if (!model || !session) return CELLSTEP_ERROR_ARGUMENT;
     *session = nullptr;
-    const std::size_t state = state_count(model);
     const std::size_t scratch = cellstep::core::model_scratch<float>(model->image, steps_per_call, 1);
     cellstep_session* created = static_cast<cellstep_session*>(std::malloc(sizeof(cellstep_session)));
-    float* memory = static_cast<float*>(std::calloc(2 * state + scratch, sizeof(float)));
-    if (!created || !memory) {
+    float* state = static_cast<float*>(std::malloc((h_count(model) + c_count(model)) * sizeof(float)));
+    float* memory = static_cast<float*>(std::malloc(scratch * sizeof(float)));
+    if (!created || !state || !memory) {
         std::free(created);
+        std::free(state);
         std::free(memory);
         return CELLSTEP_ERROR_MEMORY;
     }
-    *created = {model, memory, memory + state, memory + 2 * state};
+    *created = {model, state, state + h_count(model), memory, steps_per_call};
+    cellstep_session_reset(created);
     *session = created;
     return CELLSTEP_OK;
 }
@@ -227,6 +255,7 @@ cellstep_status cellstep_session_create(const cellstep_model* model, cellstep_se
 void cellstep_session_destroy(cellstep_session* session) {
     if (!session) return;
     std::free(session->h);
+    std::free(session->scratch);
     std::free(session);
 }
 
@@ -235,35 +264,37 @@ cellstep_status cellstep_session_step(cellstep_session* session, const float* x,
 }
 
 cellstep_status cellstep_session_run(cellstep_session* session, const float* x, size_t steps, float* y) {
+    return cellstep_session_run_reset(session, x, nullptr, steps, y);
+}
+
+cellstep_status cellstep_session_run_reset(cellstep_session* session, const float* x, const unsigned char* reset,
+                                           size_t steps, float* y) {
     if (!session || (steps > 0 && (!x || !y))) return CELLSTEP_ERROR_ARGUMENT;
-    run(session, x, steps, y, false);
-    return CELLSTEP_OK;
+    return run(session, x, reset, steps, y, Answers::every);
 }
 
 cellstep_status cellstep_session_forecast(cellstep_session* session, const float* x, size_t steps, float* y) {
     if (!session || !x || !y || steps == 0) return CELLSTEP_ERROR_ARGUMENT;
-    run(session, x, steps, y, true);
-    return CELLSTEP_OK;
+    const bool hidden = session->model->image.header().answers == static_cast<std::uint32_t>(Answers::hidden);
+    return run(session, x, nullptr, steps, y, hidden ? Answers::hidden : Answers::last);
 }
 
 cellstep_status cellstep_session_reset(cellstep_session* session) {
     if (!session) return CELLSTEP_ERROR_ARGUMENT;
-    std::memset(session->h, 0, 2 * state_count(session->model) * sizeof(float));
+    cellstep::core::initial_state<float>(session->model->image, 1, session->h, session->c);
     return CELLSTEP_OK;
 }
 
 cellstep_status cellstep_session_get_state(const cellstep_session* session, float* h, float* c) {
     if (!session || !h || !c) return CELLSTEP_ERROR_ARGUMENT;
-    const std::size_t bytes = state_count(session->model) * sizeof(float);
-    std::memcpy(h, session->h, bytes);
-    std::memcpy(c, session->c, bytes);
+    std::memcpy(h, session->h, h_count(session->model) * sizeof(float));
+    std::memcpy(c, session->c, c_count(session->model) * sizeof(float));
     return CELLSTEP_OK;
 }
 
 cellstep_status cellstep_session_set_state(cellstep_session* session, const float* h, const float* c) {
     if (!session || !h || !c) return CELLSTEP_ERROR_ARGUMENT;
-    const std::size_t bytes = state_count(session->model) * sizeof(float);
-    std::memcpy(session->h, h, bytes);
-    std::memcpy(session->c, c, bytes);
+    std::memcpy(session->h, h, h_count(session->model) * sizeof(float));
+    std::memcpy(session->c, c, c_count(session->model) * sizeof(float));
     return CELLSTEP_OK;
 }

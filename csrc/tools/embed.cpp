@@ -29,6 +29,7 @@ public:
         input_size = info.input_size;
         output_size = info.output_size;
         window = info.window;
+        every_step = info.answers == 0;
         for (std::size_t at = 0; const char* name = cellstep_model_feature_name(model, at); ++at)
             feature_names.emplace_back(name);
         for (std::size_t at = 0; const char* name = cellstep_model_output_name(model, at); ++at)
@@ -37,7 +38,8 @@ public:
 
     void forecast(const float* x, std::size_t steps, float* y) override {
         cellstep_session_reset(session_.get());
-        cellstep_session_forecast(session_.get(), x, steps, y);
+        const auto answer = every_step ? cellstep_session_run : cellstep_session_forecast;
+        check(answer(session_.get(), x, steps, y), "a window");
     }
     void step(const float* x, float* y) override { cellstep_session_step(session_.get(), x, y); }
     void reset() override { cellstep_session_reset(session_.get()); }

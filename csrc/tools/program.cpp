@@ -88,11 +88,11 @@ std::string quoted(const std::string& name) {
     return text + "\"";
 }
 
-void add_row(std::string& out, std::size_t row, const std::vector<float>& y) {
+void add_row(std::string& out, std::size_t row, const float* y, std::size_t count) {
     char text[32];
     out += std::to_string(row);
-    for (const float value : y) {
-        std::snprintf(text, sizeof(text), ",%.9g", static_cast<double>(value));
+    for (std::size_t k = 0; k < count; ++k) {
+        std::snprintf(text, sizeof(text), ",%.9g", static_cast<double>(y[k]));
         out += text;
     }
     out += '\n';
@@ -135,7 +135,9 @@ void run(const Program& program, const Options& options) {
         throw UserError("expected at least " + std::to_string(window) + " data rows for a window; '" + options.input +
                         "' has " + std::to_string(table.rows) + "; give more rows or a shorter --window");
 
-    std::vector<float> y(runner->output_size);
+    const std::size_t answers = runner->every_step ? window : 1;
+    const std::size_t outputs = runner->output_size;
+    std::vector<float> y(answers * outputs);
     const auto call = [&](std::size_t first) {
         if (options.stream)
             runner->step(table.row(first), y.data());
@@ -147,13 +149,14 @@ void run(const Program& program, const Options& options) {
     runner->reset();
 
     std::string out = "row";
-    for (std::size_t k = 0; k < runner->output_size; ++k)
+    for (std::size_t k = 0; k < outputs; ++k)
         out += "," + (runner->output_names.empty() ? "y" + std::to_string(k) : quoted(runner->output_names[k]));
     out += '\n';
     const std::size_t stride = options.stream ? 1 : options.stride;
     for (std::size_t first = 0; first + window <= table.rows; first += stride) {
         call(first);
-        add_row(out, first + window - 1, y);
+        for (std::size_t answer = 0; answer < answers; ++answer)
+            add_row(out, first + window - answers + answer, y.data() + answer * outputs, outputs);
     }
     write(options.output, out);
 

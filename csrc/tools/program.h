@@ -29,16 +29,18 @@ class Runner {
 public:
     virtual ~Runner() = default;
 
-    /// Forecasts from a window, (steps, input_size) in and (output_size) out, starting at the zero state.
+    /// Answers a window from the initial state: (steps, input_size) in and (output_size) out, or (steps, output_size)
+    /// from a model that answers every step.
     virtual void forecast(const float* x, std::size_t steps, float* y) = 0;
     /// Moves the stream one step, (input_size) in and (output_size) out.
     virtual void step(const float* x, float* y) = 0;
-    /// Puts the stream back to the zero state.
+    /// Puts the stream back to the initial state.
     virtual void reset() = 0;
 
     std::size_t input_size = 0;  ///< 0: not known, as many as the CSV has columns
     std::size_t output_size = 0;
     std::size_t window = 0;  ///< 0: not known
+    bool every_step = false;
     std::vector<std::string> feature_names;
     std::vector<std::string> output_names;
 };

@@ -1,9 +1,11 @@
-// cellstep-run: run a TorchScript model on a CSV file through libtorch, tuned as a deployer would.
+// cellstep-run: run a TorchScript model or a compiled package on a CSV file through libtorch, tuned as a deployer
+// would.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/InferenceMode.h>
 #include <caffe2/serialize/inline_container.h>
 #include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/script.h>
 
@@ -13,6 +15,8 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <sstream>
+#include <unordered_map>
 
 #include "cellstep/ops.h"
 #include "program.h"
@@ -82,19 +86,47 @@ void check_operators(const std::string& path) {
                         (ours.empty() || others.empty() ? "" : ", ") + others + remedy);
 }
 
-class TorchRunner : public Runner {
+/// What both kinds of models share.
+class LibtorchRunner : public Runner {
+protected:
+    std::int64_t inputs() const { return static_cast<std::int64_t>(input_size); }
+
+    template <class Call>
+    auto called(const Call& call) {
+        try {
+            return call();
+        } catch (const std::exception& error) {
+            const std::string text = error.what();
+            const std::size_t last = text.rfind("RuntimeError: ");
+            throw UserError("the model refuses its input: " + (last == std::string::npos
+                                                                   ? first_sentence(error)
+                                                                   : text.substr(last, text.find('\n', last) - last)));
+        }
+    }
+
+    at::Tensor tensor(const float* x, at::IntArrayRef sizes) const {
+        const at::Tensor view = at::from_blob(const_cast<float*>(x), sizes, at::kFloat);
+        return dtype_ == at::kFloat ? view : view.to(dtype_);
+    }
+
+    void answer(const at::Tensor& result, std::size_t steps, float* y) const {
+        const at::Tensor values = result.to(at::kFloat).contiguous();
+        if (values.numel() != static_cast<std::int64_t>(steps * output_size))
+            throw UserError("expected " + std::to_string(steps * output_size) +
+                            " outputs as output_size says; the model gave " + std::to_string(values.numel()));
+        std::memcpy(y, values.const_data_ptr<float>(), steps * output_size * sizeof(float));
+    }
+
+    c10::InferenceMode inference_;
+    at::ScalarType dtype_ = at::kFloat;
+};
+
+class ScriptRunner : public LibtorchRunner {
 public:
-    explicit TorchRunner(const Options& options) {
-        at::set_num_threads(options.threads);
-        at::set_num_interop_threads(1);
+    explicit ScriptRunner(const Options& options) {
         // The profiling executor recompiles while it watches: the first calls take longer, and no later call is faster.
         torch::jit::getProfilingMode() = false;
         torch::jit::getExecutorMode() = false;
-        cellstep_register_ops();
-        for (const std::string& library : options.libraries)
-            if (!dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL))
-                throw UserError("expected a library at --library; '" + library + "' cannot be loaded: " + dlerror());
-
         const std::string& path = options.model;
         if (!std::ifstream(path, std::ios::binary))
             throw UserError("expected a TorchScript file at '" + path + "'; it cannot be read; check the path");
@@ -111,6 +143,8 @@ public:
         input_size = static_cast<std::size_t>(attribute("input_size"));
         output_size = static_cast<std::size_t>(attribute("output_size"));
         window = static_cast<std::size_t>(attribute("window"));
+        every_step = module_.hasattr("answers") && module_.attr("answers").isString() &&
+                     module_.attr("answers").toStringRef() == "every";
         feature_names = names("feature_names");
         output_names = names("output_names");
         for (const auto& method : module_.get_methods()) {
@@ -131,14 +165,14 @@ public:
 
     void forecast(const float* x, std::size_t steps, float* y) override {
         const at::Tensor input = tensor(x, {1, static_cast<std::int64_t>(steps), inputs()});
-        answer(called([&] { return module_.forward({input}); }).toTensor(), y);
+        answer(called([&] { return module_.forward({input}); }).toTensor(), every_step ? steps : 1, y);
     }
 
     void step(const float* x, float* y) override {
         const at::Tensor input = tensor(x, {1, inputs()});
         const c10::IValue result = called([&] { return (*step_)({input, state_}); });
         state_ = result.toTupleRef().elements()[1];
-        answer(result.toTupleRef().elements()[0].toTensor(), y);
+        answer(result.toTupleRef().elements()[0].toTensor(), 1, y);
     }
 
     void reset() override {
@@ -146,21 +180,6 @@ public:
     }
 
 private:
-    std::int64_t inputs() const { return static_cast<std::int64_t>(input_size); }
-
-    template <class Call>
-    c10::IValue called(const Call& call) {
-        try {
-            return call();
-        } catch (const std::exception& error) {
-            const std::string text = error.what();
-            const std::size_t last = text.rfind("RuntimeError: ");
-            throw UserError("the model refuses its input: " + (last == std::string::npos
-                                                                   ? first_sentence(error)
-                                                                   : text.substr(last, text.find('\n', last) - last)));
-        }
-    }
-
     std::int64_t attribute(const char* name) const {
         if (!module_.hasattr(name)) return 0;
         const c10::IValue value = module_.attr(name);
@@ -175,31 +194,124 @@ private:
         return all;
     }
 
-    at::Tensor tensor(const float* x, at::IntArrayRef sizes) const {
-        const at::Tensor view = at::from_blob(const_cast<float*>(x), sizes, at::kFloat);
-        return dtype_ == at::kFloat ? view : view.to(dtype_);
-    }
-
-    void answer(const at::Tensor& result, float* y) const {
-        const at::Tensor values = result.to(at::kFloat).contiguous();
-        if (values.numel() != static_cast<std::int64_t>(output_size))
-            throw UserError("expected " + std::to_string(output_size) +
-                            " outputs as output_size says; the model gave " + std::to_string(values.numel()));
-        std::memcpy(y, values.const_data_ptr<float>(), output_size * sizeof(float));
-    }
-
-    c10::InferenceMode inference_;
     torch::jit::Module module_;
     std::optional<torch::jit::Method> step_;
     std::optional<torch::jit::Method> initial_state_;
     c10::IValue state_;
-    at::ScalarType dtype_ = at::kFloat;
 };
+
+/// Values that the metadata of a package name, as cellstep/exporters/package.py writes them.
+class Metadata {
+public:
+    explicit Metadata(const std::string& path)
+        : path_(path), values_(torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "forward")) {}
+
+    const std::string& text(const std::string& name) const {
+        const auto found = values_.find(name);
+        if (found == values_.end())
+            throw UserError("expected a package that cellstep exported; '" + path_ + "' lacks " + name +
+                            "; export it with cellstep.export");
+        return found->second;
+    }
+
+    std::int64_t number(const std::string& name) const {
+        std::istringstream stream(text(name));
+        std::int64_t value = 0;
+        stream >> value;
+        return value;
+    }
+
+    /// A JSON list of strings; \u escapes are left as they are.
+    std::vector<std::string> names(const std::string& name) const {
+        std::vector<std::string> all;
+        const std::string& list = text(name);
+        for (std::size_t at = list.find('"'); at != std::string::npos; at = list.find('"', at + 1)) {
+            std::string value;
+            for (++at; at < list.size() && list[at] != '"'; ++at) {
+                if (list[at] == '\\' && at + 1 < list.size() && list[at + 1] != 'u') ++at;
+                value += list[at];
+            }
+            all.push_back(value);
+        }
+        return all;
+    }
+
+    at::Tensor state(const std::string& name, std::int64_t rows, std::int64_t size) const {
+        std::istringstream stream(text("initial_" + name));
+        at::Tensor values = at::empty({rows, 1, size}, at::kDouble);
+        for (std::int64_t at = 0; at < values.numel(); ++at) stream >> values.mutable_data_ptr<double>()[at];
+        return values.to(text("dtype") == "float64" ? at::kDouble : at::kFloat);
+    }
+
+private:
+    std::string path_;
+    std::unordered_map<std::string, std::string> values_;
+};
+
+/// A .pt2 package: its programs are loaded as they are needed.
+class PackageRunner : public LibtorchRunner {
+public:
+    explicit PackageRunner(const Options& options) : path_(options.model) {
+        if (!std::ifstream(path_, std::ios::binary))
+            throw UserError("expected a package at '" + path_ + "'; it cannot be read; check the path");
+        try {
+            const Metadata metadata(path_);
+            input_size = static_cast<std::size_t>(metadata.number("input_size"));
+            output_size = static_cast<std::size_t>(metadata.number("output_size"));
+            window = static_cast<std::size_t>(metadata.number("window"));
+            every_step = metadata.text("answers") == "every";
+            feature_names = metadata.names("feature_names");
+            output_names = metadata.names("output_names");
+            initial_ = {metadata.state("h", metadata.number("state_layers"), metadata.number("h_size")),
+                        metadata.state("c", metadata.number("state_layers"), metadata.number("c_size"))};
+            dtype_ = initial_[0].scalar_type();
+            program_ =
+                std::make_unique<torch::inductor::AOTIModelPackageLoader>(path_, options.stream ? "step" : "forward");
+        } catch (const UserError&) {
+            throw;
+        } catch (const std::exception& error) {
+            throw UserError("expected a .pt2 package; '" + path_ + "' is none or is damaged (" + first_sentence(error) +
+                            "); export it again");
+        }
+        reset();
+    }
+
+    void forecast(const float* x, std::size_t steps, float* y) override {
+        const at::Tensor input = tensor(x, {1, static_cast<std::int64_t>(steps), inputs()});
+        answer(called([&] { return program_->run({input}); })[0], every_step ? steps : 1, y);
+    }
+
+    void step(const float* x, float* y) override {
+        const at::Tensor input = tensor(x, {1, inputs()});
+        const std::vector<at::Tensor> result = called([&] { return program_->run({input, state_[0], state_[1]}); });
+        state_ = {result[1], result[2]};
+        answer(result[0], 1, y);
+    }
+
+    void reset() override { state_ = initial_; }
+
+private:
+    std::string path_;
+    std::unique_ptr<torch::inductor::AOTIModelPackageLoader> program_;
+    std::vector<at::Tensor> initial_;
+    std::vector<at::Tensor> state_;
+};
+
+std::unique_ptr<Runner> load(const Options& options) {
+    at::set_num_threads(options.threads);
+    at::set_num_interop_threads(1);
+    cellstep_register_ops();
+    for (const std::string& library : options.libraries)
+        if (!dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL))
+            throw UserError("expected a library at --library; '" + library + "' cannot be loaded: " + dlerror());
+    const std::string& path = options.model;
+    if (path.size() > 4 && path.compare(path.size() - 4, 4, ".pt2") == 0)
+        return std::make_unique<PackageRunner>(options);
+    return std::make_unique<ScriptRunner>(options);
+}
 
 }  // namespace
 
 int main(int argc, char** argv) {
-    return cellstep::tools::run_program({"cellstep-run", "MODEL.pt", true,
-                                         [](const Options& options) { return std::make_unique<TorchRunner>(options); }},
-                                        argc, argv);
+    return cellstep::tools::run_program({"cellstep-run", "MODEL.pt or MODEL.pt2", true, load}, argc, argv);
 }

@@ -2,61 +2,106 @@
 
 import os
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cellstep import _runtime
+from cellstep.runtime import Session
 
 Array = NDArray[Any]
 State = tuple[Array, Array]
 
 
 class Artifact(ABC):
-    """A model out of a file. State is (h, c), (num_layers, N, hidden_size) each."""
+    """A model out of a file. State is (h, c), h (state_layers, N, h_size) and c (state_layers, N, c_size)."""
 
     def __init__(self, path: str, source: Any) -> None:
         self.path = path
         self.input_size: int = source.input_size
         self.output_size: int = source.output_size
-        self.num_layers: int = source.num_layers
-        self.hidden_size: int = source.hidden_size
+        self.state_layers: int = source.state_layers
+        self.h_size: int = source.h_size
+        self.c_size: int = source.c_size
+        self.answers: str = source.answers
         self.feature_names: list[str] = list(source.feature_names)
         self.output_names: list[str] = list(source.output_names)
         self.window: int = source.window
         self.horizon: int = source.horizon
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
 
+    @property
+    def num_layers(self) -> int:
+        """Rows of the state: layers times directions, or 1 where their sizes differ."""
+        return self.state_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Values in a row of c."""
+        return self.c_size
+
     def initial_state(self, batch_size: int) -> State:
-        """The zero state of ``batch_size`` streams."""
-        shape = (self.num_layers, batch_size, self.hidden_size)
-        return np.zeros(shape, self.dtype), np.zeros(shape, self.dtype)
+        """The state of ``batch_size`` fresh streams, zero or learned."""
+        h, c = self._initial()
+        return np.repeat(h, batch_size, axis=1), np.repeat(c, batch_size, axis=1)
+
+    def reset(self, state: tuple[ArrayLike, ArrayLike], mask: ArrayLike) -> State:
+        """The state with the rows of ``mask`` (N, bool) put to the initial one."""
+        rows = np.asarray(mask, bool)
+        old = self._checked_state(state, len(rows))
+        fresh = self.initial_state(len(rows))
+        chosen = rows[None, :, None]
+        return np.where(chosen, fresh[0], old[0]), np.where(chosen, fresh[1], old[1])
 
     @overload
-    def __call__(self, x: ArrayLike) -> Array: ...
+    def __call__(self, x: ArrayLike, *, lengths: ArrayLike | None = None) -> Array: ...
     @overload
-    def __call__(self, x: ArrayLike, state: tuple[ArrayLike, ArrayLike]) -> tuple[Array, State]: ...
-    def __call__(self, x: ArrayLike, state: tuple[ArrayLike, ArrayLike] | None = None) -> Array | tuple[Array, State]:
-        """Forecast from whole windows: (N, T, input_size) gives (N, output_size).
+    def __call__(
+        self, x: ArrayLike, state: tuple[ArrayLike, ArrayLike], *, lengths: ArrayLike | None = None
+    ) -> tuple[Array, State]: ...
+    def __call__(
+        self, x: ArrayLike, state: tuple[ArrayLike, ArrayLike] | None = None, *, lengths: ArrayLike | None = None
+    ) -> Array | tuple[Array, State]:
+        """Answer whole windows: (N, T, input_size) gives (N, output_size), or (N, T, output_size) for every step.
 
-        With a state, the windows go on from there, and the answer is the forecast and the state behind it.
+        With a state, the windows go on from there, and the answer comes with the state behind it. ``lengths`` (N): the
+        steps of each row, 0 allowed.
         """
         windows = self._checked(x, 3)
         if windows.shape[1] == 0:
             raise ValueError("expected windows of at least one step; got none")
-        if state is None:
-            return self._forecast(windows, self.initial_state(len(windows)))[0]
-        return self._forecast(windows, self._checked_state(state, len(windows)))
+        if lengths is None:
+            return (
+                self._window(windows)
+                if state is None
+                else self._answer(windows, self._checked_state(state, len(windows)))
+            )
+        start = self.initial_state(len(windows)) if state is None else self._checked_state(state, len(windows))
+        y, end = self._answer_ragged(windows, start, np.asarray(lengths))
+        return y if state is None else (y, end)
 
-    def run(self, x: ArrayLike, state: tuple[ArrayLike, ArrayLike]) -> tuple[Array, State]:
-        """Carry streams on: (N, T, input_size) and a state give (N, T, output_size) and a state."""
+    def run(
+        self, x: ArrayLike, state: tuple[ArrayLike, ArrayLike], reset: ArrayLike | None = None
+    ) -> tuple[Array, State]:
+        """Carry streams on: (N, T, input_size) and a state give (N, T, output_size) and a state.
+
+        ``reset`` (N, T) bool: rows whose state is put to the initial one before the step.
+        """
         steps = self._checked(x, 3)
-        start = self._checked_state(state, len(steps))
-        if steps.shape[1] == 0:
-            return np.zeros((len(steps), 0, self.output_size), self.dtype), start
-        return self._run(steps, start)
+        carried = self._checked_state(state, len(steps))
+        y = np.zeros((len(steps), steps.shape[1], self.output_size), self.dtype)
+        marks = np.zeros(y.shape[:2], bool) if reset is None else np.asarray(reset, bool)
+        if marks.shape != y.shape[:2]:
+            raise ValueError(f"expected reset of shape {y.shape[:2]}; got {marks.shape}; give a flag a row and step")
+        cuts = [0, *(k for k in np.flatnonzero(marks.any(0)) if k), steps.shape[1]]
+        for begin, end in pairwise(cuts):
+            if begin < end:
+                if marks[:, begin].any():
+                    carried = self.reset(carried, marks[:, begin])
+                y[:, begin:end], carried = self._run(steps[:, begin:end], carried)
+        return y, carried
 
     def step(self, x: ArrayLike, state: tuple[ArrayLike, ArrayLike]) -> tuple[Array, State]:
         """Carry streams one step on: (N, input_size) and a state give (N, output_size) and a state."""
@@ -64,11 +109,37 @@ class Artifact(ABC):
         return y[:, 0], state
 
     @abstractmethod
-    def _run(self, x: Array, state: State) -> tuple[Array, State]: ...
+    def _initial(self) -> State:
+        """The state of one fresh stream."""
 
-    def _forecast(self, x: Array, state: State) -> tuple[Array, State]:
-        y, state = self._run(x, state)
-        return y[:, -1], state
+    @abstractmethod
+    def _run(self, x: Array, state: State) -> tuple[Array, State]:
+        """Every step of at least one."""
+
+    def _window(self, x: Array) -> Array:
+        return self._answer(x, self.initial_state(len(x)))[0]
+
+    @abstractmethod
+    def _answer(self, x: Array, state: State) -> tuple[Array, State]:
+        """What the model was made to answer, from windows of one length."""
+
+    def _answer_ragged(self, x: Array, state: State, lengths: Array) -> tuple[Array, State]:
+        """Rows of one length together: no bit of a row hangs on the others."""
+        if lengths.shape != x.shape[:1] or lengths.min(initial=0) < 0 or lengths.max(initial=0) > x.shape[1]:
+            raise ValueError(
+                f"expected {len(x)} lengths from 0 to {x.shape[1]}; got {lengths.tolist()}; give the steps of each row"
+            )
+        every = self.answers == "every"
+        y = np.zeros((len(x), *([x.shape[1]] if every else []), self.output_size), self.dtype)
+        h, c = (part.copy() for part in state)
+        for length in np.unique(lengths[lengths > 0]):
+            rows = lengths == length
+            answer, (h[:, rows], c[:, rows]) = self._answer(x[rows, :length], (h[:, rows], c[:, rows]))
+            if every:
+                y[rows, :length] = answer
+            else:
+                y[rows] = answer
+        return y, (h, c)
 
     def _checked(self, x: ArrayLike, dims: int) -> Array:
         array = np.ascontiguousarray(x, self.dtype)
@@ -79,45 +150,104 @@ class Artifact(ABC):
 
     def _checked_state(self, state: tuple[ArrayLike, ArrayLike], batch_size: int) -> State:
         h, c = (np.ascontiguousarray(part, self.dtype) for part in state)
-        expected = (self.num_layers, batch_size, self.hidden_size)
-        for name, part in (("h", h), ("c", c)):
+        for name, part, size in (("h", h, self.h_size), ("c", c, self.c_size)):
+            expected = (self.state_layers, batch_size, size)
             if part.shape != expected:
                 raise ValueError(f"expected {name} of shape {expected}; got {part.shape}; see initial_state")
         return h, c
 
 
 class TorchArtifact(Artifact):
-    """A module in torch: a loaded ``.pt``, or the eager model of a ``.safetensors``."""
+    """A module in torch: a loaded ``.pt`` or ``.pt2``, or the eager model of a ``.safetensors``."""
 
-    def __init__(self, path: str, source: Any, module: Any, dtype: str) -> None:
-        super().__init__(path, source)
+    def __init__(self, path: str, module: Any) -> None:
+        super().__init__(path, module)
         self.module = module
-        self.dtype = np.dtype(dtype)
+        self.dtype = np.dtype(str(module.initial_state(1)[0].dtype).removeprefix("torch."))
 
-    def _run(self, x: Array, state: State) -> tuple[Array, State]:
+    def _initial(self) -> State:
         import torch
 
         with torch.inference_mode():
-            y, (h, c) = self.module.run(torch.tensor(x), (torch.tensor(state[0]), torch.tensor(state[1])))
+            h, c = self.module.initial_state(1)
+        return h.numpy(), c.numpy()
+
+    def _run(self, x: Array, state: State) -> tuple[Array, State]:
+        return self._call(self.module.run, x, state)
+
+    def _answer(self, x: Array, state: State) -> tuple[Array, State]:
+        return self._call(self.module.answer, x, state)
+
+    @staticmethod
+    def _call(method: Any, x: Array, state: State) -> tuple[Array, State]:
+        import torch
+
+        with torch.inference_mode():
+            y, (h, c) = method(torch.tensor(x), (torch.tensor(state[0]), torch.tensor(state[1])))
         return y.numpy(), (h.numpy(), c.numpy())
+
+
+class PackageArtifact(TorchArtifact):
+    """A compiled ``.pt2``."""
+
+    def _window(self, x: Array) -> Array:
+        import torch
+
+        y: Array = self.module.forward(torch.tensor(x)).numpy()
+        return y
+
+
+class OnnxArtifact(Artifact):
+    """An ``.onnx`` graph on onnxruntime."""
+
+    def __init__(self, path: str) -> None:
+        from cellstep.exporters.onnx_graph import load_onnx
+
+        self.model = load_onnx(path)
+        super().__init__(path, self.model)
+        self.dtype = np.dtype(self.model.dtype)
+
+    def _initial(self) -> State:
+        return self.model.initial(1)
+
+    def _run(self, x: Array, state: State) -> tuple[Array, State]:
+        if self.answers == "every":
+            return self._answer(x, state)
+        if self.answers == "hidden":
+            raise ValueError(f"'{self.path}' answers from the last hidden state alone; export it with answers='every'")
+        answers = []
+        for step in range(x.shape[1]):
+            y, state = self._answer(x[:, step : step + 1], state)
+            answers.append(y)
+        return np.stack(answers, 1), state
+
+    def _answer(self, x: Array, state: State) -> tuple[Array, State]:
+        y, h, c = self.model.run_raw(x, *state)
+        return y, (h, c)
 
 
 class DeployArtifact(Artifact):
     """A deploy file on the torch-free runtime: the rows of a batch one after another through one session."""
 
     def __init__(self, path: str) -> None:
-        model = _runtime.Model.from_file(path)
-        super().__init__(path, model)
-        self.session = _runtime.Session(model)
+        self.session = Session(path)
+        super().__init__(path, self.session)
 
     def selftest(self) -> float:
         """Replay the test vector of the file; see :meth:`cellstep.runtime.Session.selftest`."""
-        return self.session.model.selftest()
+        return self.session.selftest()
+
+    def _initial(self) -> State:
+        self.session.reset()
+        h, c = self.session.state
+        return h[:, None], c[:, None]
 
     def _run(self, x: Array, state: State) -> tuple[Array, State]:
         return self._rows(x, state, self.session.run, (len(x), x.shape[1], self.output_size))
 
-    def _forecast(self, x: Array, state: State) -> tuple[Array, State]:
+    def _answer(self, x: Array, state: State) -> tuple[Array, State]:
+        if self.answers == "every":
+            return self._run(x, state)
         return self._rows(x, state, self.session.forecast, (len(x), self.output_size))
 
     def _rows(self, x: Array, state: State, call: Any, shape: tuple[int, ...]) -> tuple[Array, State]:
@@ -131,29 +261,34 @@ class DeployArtifact(Artifact):
 
 
 def load(path: str | os.PathLike[str]) -> Artifact:
-    """Load an artifact by its suffix: ``.pt``, ``.cellstep`` or ``.safetensors``.
+    """Load an artifact by its suffix: ``.pt``, ``.pt2``, ``.onnx``, ``.cellstep`` or ``.safetensors``.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: the suffix is unknown, or the file is not what its suffix says.
+        ImportError: a package that runs this kind of file is not installed.
     """
     name = os.fspath(path)
     suffix = Path(name).suffix
     if suffix == ".cellstep":
         return DeployArtifact(name)
+    if suffix == ".pt2":
+        from cellstep.exporters.package import load_package
+
+        return PackageArtifact(name, load_package(name))
+    if suffix == ".onnx":
+        return OnnxArtifact(name)
     if suffix == ".pt":
-        import cellstep.ops  # noqa: F401  (registers the operators that the archive calls)
         from cellstep.exporters.torchscript import load_torchscript
 
-        module = load_torchscript(name)
-        dtype = module.initial_state(1)[0].dtype
-        return TorchArtifact(name, module, module, str(dtype).removeprefix("torch."))
+        return TorchArtifact(name, load_torchscript(name))
     if suffix == ".safetensors":
         from cellstep.exporters import load_model
 
         model = load_model(name).eval()
-        if str(model.head.weight.dtype) not in ("torch.float32", "torch.float64"):
+        if str(model.dtype) not in ("torch.float32", "torch.float64"):
             model = model.float()  # NumPy has no bfloat16
-        dtype = model.head.weight.dtype
-        return TorchArtifact(name, model, model, str(dtype).removeprefix("torch."))
-    raise ValueError(f"expected a file that ends in .pt, .cellstep or .safetensors; got '{name}'; name an artifact")
+        return TorchArtifact(name, model)
+    raise ValueError(
+        f"expected a file that ends in .pt, .pt2, .onnx, .cellstep or .safetensors; got '{name}'; name an artifact"
+    )

@@ -149,7 +149,12 @@ def _plot(model: "Forecaster", task: "Task", path: Path) -> None:
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="A .safetensors file.")],
-    outputs: Annotated[list[Path], typer.Argument(help="Files to write: .pt, .cellstep, .safetensors.")],
+    outputs: Annotated[
+        list[Path], typer.Argument(help="Files to write: .pt, .pt2, .onnx, .cellstep, .pte, .safetensors.")
+    ],
+    standalone: Annotated[bool, typer.Option(help="A .pt that needs no operator library.")] = False,
+    input_names: Annotated[Optional[str], typer.Option(help="Of ONNX's x, h, c, with commas.")] = None,  # noqa: UP045
+    output_names: Annotated[Optional[str], typer.Option(help="Of ONNX's y, h, c, with commas.")] = None,  # noqa: UP045
 ) -> None:
     """Write a model as artifacts, by the suffix of each output."""
     import cellstep
@@ -159,14 +164,19 @@ def export(
     for output in outputs:
         if output.suffix not in SUFFIXES:
             raise ValueError(f"expected outputs that end in {', '.join(SUFFIXES)}; got '{output}'; rename it")
+    names = {"input_names": input_names, "output_names": output_names}
+    options: dict[str, dict[str, Any]] = {
+        ".pt": {"standalone": standalone},
+        ".onnx": {key: value.split(",") for key, value in names.items() if value},
+    }
     for output in outputs:
-        cellstep.export(loaded, output)
+        cellstep.export(loaded, output, **options.get(output.suffix, {}))
         print(f"{output}: {output.stat().st_size:,} bytes")
 
 
 @app.command()
 def run(
-    model: Annotated[Path, typer.Argument(help="A .pt, .cellstep or .safetensors file.")],
+    model: Annotated[Path, typer.Argument(help="A .pt, .pt2, .onnx, .cellstep or .safetensors file.")],
     data: Annotated[Path, typer.Argument(help="A CSV file with a header line.")],
     stream: Annotated[bool, typer.Option(help="One step at a time, carrying the state.")] = False,
     window: Annotated[Optional[int], typer.Option(min=1, help="Rows of a window; default: as trained.")] = None,  # noqa: UP045
@@ -197,7 +207,7 @@ def run(
         if stream:
             y, state = artifact.step(x[first : first + 1], state)
             return y
-        return artifact(x[None, first : first + length])
+        return artifact(x[None, first : first + length]).reshape(-1, artifact.output_size)
 
     begin = time.perf_counter()
     call(0)
@@ -205,7 +215,9 @@ def run(
     state = artifact.initial_state(1)
     starts = range(0, len(x) - length + 1, 1 if stream else stride)
     answers = np.concatenate([call(first) for first in starts])
-    write_forecasts(output, [first + length - 1 for first in starts], answers, artifact.output_names)
+    each = length if artifact.answers == "every" and not stream else 1
+    rows = [first + length - each + place for first in starts for place in range(each)]
+    write_forecasts(output, rows, answers, artifact.output_names)
     if repeat:
         times = []
         for _ in range(repeat):
@@ -277,7 +289,7 @@ def _print_report(report: "Report") -> None:
 
 
 @app.command()
-def info(model: Annotated[Path, typer.Argument(help="A .pt, .cellstep or .safetensors file.")]) -> None:
+def info(model: Annotated[Path, typer.Argument(help="A .pt, .pt2, .onnx, .cellstep or .safetensors file.")]) -> None:
     """Print what a model file holds."""
     import cellstep
     from cellstep.artifact import DeployArtifact
@@ -287,6 +299,9 @@ def info(model: Annotated[Path, typer.Argument(help="A .pt, .cellstep or .safete
     facts = {
         "file": f"{model}, {model.stat().st_size:,} bytes",
         "layers": f"{artifact.num_layers} of {artifact.hidden_size} units, {artifact.dtype}",
+        "answers": {"every": "every step", "last": "the last step", "hidden": "the last hidden state"}[
+            artifact.answers
+        ],
         "inputs": f"{artifact.input_size}: {', '.join(artifact.feature_names) or 'without names'}",
         "outputs": f"{artifact.output_size}: {', '.join(artifact.output_names) or 'without names'}",
         "window": f"{artifact.window} steps" if artifact.window else "not said",
@@ -324,7 +339,7 @@ def _one_line(error: Exception) -> str | None:
         text = f"expected a file that can be used; '{error.filename}': {error.strerror}; check the path"
     elif hasattr(error, "format_message"):  # a usage error of the command line
         text = f"{error.format_message()} See cellstep --help."
-    elif isinstance(error, (OSError, ValueError, NotImplementedError)):
+    elif isinstance(error, (OSError, ValueError, NotImplementedError, ImportError)):
         text = str(error)
     else:
         return None

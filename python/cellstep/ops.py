@@ -8,18 +8,27 @@ would leave gradients ``None``. The gradient of each operator is an operator too
 (``create_graph=True``) runs on torch's own operators.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cellstep.formula import PLAIN_ACTIVATIONS, activate_backward, lstm_steps, lstm_steps_backward
+
 #: The shared library of operators, for ``torch.ops.load_library`` in a process without the rest of cellstep.
 library_path = str(
     next((Path(__file__).parent / "lib").glob("*cellstep_ops.*"), Path(__file__).parent / "lib/libcellstep_ops.so")
 )
 
-torch.ops.load_library(library_path)
+if not torch._C._dispatch_has_kernel("cellstep::lstm_layer"):  # a second copy would register everything twice
+    torch.ops.load_library(library_path)
+elif torch._C._dispatch_has_kernel_for_dispatch_key("cellstep::lstm_layer", "Autograd"):
+    raise ImportError(
+        "expected cellstep's operators without gradients; got those that libcellstep_autograd (cellstep::autograd) has "
+        "registered; import cellstep.ops in a process that does not load that library"
+    )
 
 _Ctx = Any
 _Grads = tuple[Tensor | None, ...]
@@ -87,6 +96,7 @@ def _(
     grad_y: Tensor,
     grad_h: Tensor,
     grad_c: Tensor,
+    grad_cells: Tensor | None,
     x: Tensor,
     h: Tensor,
     c: Tensor,
@@ -104,46 +114,100 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@torch.library.register_fake("cellstep::activate")
+def _(x: Tensor, activation: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @torch.library.register_fake("cellstep::run_model")
 def _(
-    image: Tensor, x: Tensor, h: Tensor, c: Tensor, output_size: int, last_only: bool
+    image: Tensor,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    output_size: int,
+    answers: int,
+    lengths: Tensor | None,
+    reset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, t, _ = x.shape
     return (
-        x.new_empty(n, 1 if last_only else t, output_size),
+        x.new_empty((n, t, output_size) if answers == 0 else (n, output_size)),
         torch.empty_like(h, memory_format=torch.contiguous_format),
         torch.empty_like(c, memory_format=torch.contiguous_format),
     )
 
 
-def _reference_layer(
-    x: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer on torch's own operators, differentiable as often as one likes."""
-    outputs = []
-    projected = torch.nn.functional.linear(x, weight_ih, bias_ih)
-    for step in projected.unbind(0):
-        i, f, g, o = (step + torch.nn.functional.linear(h, weight_hh, bias_hh)).chunk(4, 1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        outputs.append(h)
-    return torch.stack(outputs), h, c
+@torch.library.register_fake("cellstep::lstm_variant")
+def _(x: Tensor, h: Tensor, c: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    t, n, _ = x.shape
+    save_cells = rest[-1]
+    return (
+        x.new_empty(t, n, h.shape[1]),
+        torch.empty_like(h, memory_format=torch.contiguous_format),
+        torch.empty_like(c, memory_format=torch.contiguous_format),
+        x.new_empty((t, n, c.shape[1]) if save_cells else (0,)),
+    )
 
 
-def _differentiable_gradients(grads: _Grads, inputs: _Grads) -> _Grads:
-    """Gradients of the layer with a graph of their own, for a second backward pass through them."""
+#: Arguments of lstm_variant that have a gradient, by place.
+_DIFFERENTIABLE = [
+    *("x", "h", "c", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_peephole"),
+    *("norm_ih", "norm_hh", "norm_c", "norm_c_bias", "reset", "initial_h", "initial_c"),
+]
+_NO_GRADIENT = _DIFFERENTIABLE.index("reset")
+_TENSORS = len(_DIFFERENTIABLE) + 4  # and four masks
+
+# Its backward pass is an operator as well, so that torch.compile and torch.export see one call and not its steps.
+_library = torch.library.Library("cellstep", "FRAGMENT")
+_library.define(
+    "lstm_variant_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor? grad_cells, Tensor y, Tensor cells, "
+    + str(torch.ops.cellstep.lstm_variant.default._schema).split("(", 1)[1].rsplit(", bool save_cells)", 1)[0]
+    + ") -> Tensor[]"
+)
+
+
+def _variant_backward(*arguments: Any) -> list[Tensor]:
+    """Gradients of the tensors that are there, in their order, without ``reset`` and the masks."""
+    tensors = arguments[6 : 6 + len(_DIFFERENTIABLE)]
+    found = lstm_steps_backward(*arguments)
+    wanted = [
+        (name, tensor)
+        for name, tensor in zip(_DIFFERENTIABLE, tensors, strict=True)
+        if tensor is not None and name != "reset"
+    ]
+    # Each output is memory of its own, as torch asks of an operator.
+    return [found[name].clone() if name in found else torch.zeros_like(tensor) for name, tensor in wanted]
+
+
+@torch.library.register_fake("cellstep::lstm_variant_backward")
+def _(*arguments: Any) -> list[Tensor]:
+    tensors = arguments[6 : 6 + len(_DIFFERENTIABLE)]
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for place, tensor in enumerate(tensors)
+        if tensor is not None and place != _NO_GRADIENT
+    ]
+
+
+_library.impl("lstm_variant_backward", _variant_backward, "CompositeExplicitAutograd")
+
+
+def _plain_steps(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """:func:`lstm_steps` without options: y, h, c and c of every step."""
+    nothing = [None] * (_TENSORS - len(tensors))
+    return lstm_steps(*tensors, *nothing, False, 0.0, 0.0, 0.0, *PLAIN_ACTIVATIONS)  # type: ignore[arg-type, call-arg]
+
+
+def _differentiable_gradients(steps: Callable[..., tuple[Tensor, ...]], grads: _Grads, inputs: _Grads) -> _Grads:
+    """Gradients of a layer with a graph of their own, for a second backward pass through them."""
     with torch.enable_grad():
         # Aliases, so that the gradient stops at the layer's inputs and does not run on through their own history.
         aliases = [None if t is None else t.view_as(t) for t in inputs]
-        outputs = _reference_layer(*aliases)  # type: ignore[arg-type]
+        pairs = [(out, grad) for out, grad in zip(steps(*aliases), grads, strict=True) if grad is not None]
+        outputs, given = zip(*pairs, strict=True)
         wanted = [t for t in aliases if t is not None and t.requires_grad]
-        found = torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True)
     by_id = {id(t): g for t, g in zip(wanted, found, strict=True)}
     return tuple(None if t is None else by_id.get(id(t)) for t in aliases)
 
@@ -153,17 +217,33 @@ def _setup_layer(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     y, _, _, gates, cells = output
     ctx.save_for_backward(*tensors, y, gates, cells)
     ctx.saved = save
-    ctx.mark_non_differentiable(gates, cells)
-    ctx.set_materialize_grads(True)
+    ctx.mark_non_differentiable(gates)
+    ctx.set_materialize_grads(False)
 
 
-def _layer_backward(ctx: _Ctx, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, *_: Tensor) -> _Grads:
+def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def _layer_backward(
+    ctx: _Ctx, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, _: None, grad_cells: Tensor | None
+) -> _Grads:
     *inputs, y, gates, cells = ctx.saved_tensors
+    grad_cells = grad_cells if ctx.saved else None
     if torch.is_grad_enabled():
-        return (*_differentiable_gradients((grad_y, grad_h, grad_c), tuple(inputs)), None)
+        return (*_differentiable_gradients(_plain_steps, (grad_y, grad_h, grad_c, grad_cells), tuple(inputs)), None)
     if not ctx.saved:
         _, _, _, gates, cells = torch.ops.cellstep.lstm_layer(*inputs, True)
-    *to_tensors, to_bias = torch.ops.cellstep.lstm_layer_backward(grad_y, grad_h, grad_c, *inputs[:5], y, gates, cells)
+    *to_tensors, to_bias = torch.ops.cellstep.lstm_layer_backward(
+        _or_zeros(grad_y, y),
+        _or_zeros(grad_h, inputs[1]),
+        _or_zeros(grad_c, inputs[2]),
+        grad_cells,
+        *inputs[:5],
+        y,
+        gates,
+        cells,
+    )
     return (*to_tensors, *(None if bias is None else to_bias for bias in inputs[5:]), None)
 
 
@@ -181,13 +261,53 @@ def _cell_backward(ctx: _Ctx, grad_h: Tensor, grad_c: Tensor, _: Tensor) -> _Gra
     if torch.is_grad_enabled():
         x, *rest = inputs
         to_x, *others = _differentiable_gradients(
-            (grad_h.unsqueeze(0), torch.zeros_like(grad_h), grad_c), (x.unsqueeze(0), *rest)
+            _plain_steps, (grad_h.unsqueeze(0), None, grad_c, None), (x.unsqueeze(0), *rest)
         )
         return (None if to_x is None else to_x.squeeze(0), *others, None)
     if not ctx.saved:
         _, _, gates = torch.ops.cellstep.lstm_cell(*inputs, True)
     *to_tensors, to_bias = torch.ops.cellstep.lstm_cell_backward(grad_h, grad_c, *inputs[:5], c_next, gates)
     return (*to_tensors, *(None if bias is None else to_bias for bias in inputs[5:]), None)
+
+
+def _setup_variant(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    y, _, _, cells = output
+    ctx.save_for_backward(*inputs[:_TENSORS], y, cells)
+    *ctx.options, ctx.saved = inputs[_TENSORS:]
+    ctx.set_materialize_grads(False)
+
+
+def _layer_of_options_backward(
+    ctx: _Ctx, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, grad_cells: Tensor | None
+) -> _Grads:
+    *inputs, y, cells = ctx.saved_tensors
+    nothing = (None,) * (4 + len(ctx.options) + 1)
+    grad_cells = grad_cells if ctx.saved else None
+    tensors, masks = tuple(inputs[: len(_DIFFERENTIABLE)]), inputs[len(_DIFFERENTIABLE) :]
+    if torch.is_grad_enabled():
+
+        def steps(*aliases: Tensor | None) -> tuple[Tensor, ...]:
+            return lstm_steps(*aliases, *masks, *ctx.options)  # type: ignore[arg-type]
+
+        return (*_differentiable_gradients(steps, (grad_y, grad_h, grad_c, grad_cells), tensors), *nothing)
+    if not ctx.saved:
+        _, _, _, cells = torch.ops.cellstep.lstm_variant(*inputs, *ctx.options, True)
+    found = iter(
+        torch.ops.cellstep.lstm_variant_backward(
+            _or_zeros(grad_y, y),
+            _or_zeros(grad_h, inputs[1]),
+            _or_zeros(grad_c, inputs[2]),
+            grad_cells,
+            y,
+            cells,
+            *inputs,
+            *ctx.options,
+        )
+    )
+    gradients = [
+        None if tensor is None or place == _NO_GRADIENT else next(found) for place, tensor in enumerate(tensors)
+    ]
+    return (*gradients, *nothing)
 
 
 def _setup_dense(ctx: _Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -203,6 +323,17 @@ def _dense_backward(ctx: _Ctx, grad: Tensor) -> _Grads:
     return grad @ weight, to_weight, rows.sum(0) if ctx.has_bias else None
 
 
+def _setup_activate(ctx: _Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+    ctx.activation = inputs[1]
+
+
+def _activate_backward(ctx: _Ctx, grad: Tensor) -> _Grads:
+    return activate_backward(grad, ctx.saved_tensors[0], ctx.activation), None
+
+
+torch.library.register_autograd("cellstep::lstm_variant", _layer_of_options_backward, setup_context=_setup_variant)
+torch.library.register_autograd("cellstep::activate", _activate_backward, setup_context=_setup_activate)
 torch.library.register_autograd("cellstep::lstm_layer", _layer_backward, setup_context=_setup_layer)
 torch.library.register_autograd("cellstep::lstm_cell", _cell_backward, setup_context=_setup_cell)
 torch.library.register_autograd("cellstep::dense", _dense_backward, setup_context=_setup_dense)
@@ -218,3 +349,4 @@ def _no_gradient(name: str, remedy: str) -> None:
 _no_gradient("run_model", "it runs an exported model; train the module that was exported")
 _no_gradient("lstm_layer_backward", "call lstm_layer and let autograd differentiate it twice")
 _no_gradient("lstm_cell_backward", "call lstm_cell and let autograd differentiate it twice")
+_no_gradient("lstm_variant_backward", "call lstm_variant and let autograd differentiate it twice")

@@ -39,26 +39,43 @@ class Session:
         else:
             self.model = _runtime.Model.from_file(os.fspath(source))
         self._session = _runtime.Session(self.model)
+        self.input_size = self.model.input_size
+        self.output_size = self.model.output_size
+        self.state_layers = self.model.num_layers
+        self.h_size = self.model.h_size
+        self.c_size = self.model.hidden_size
+        self.answers = ("every", "last", "hidden")[self.model.answers]
+        self.feature_names = self.model.feature_names
+        self.output_names = self.model.output_names
+        self.window = self.model.window
+        self.horizon = self.model.horizon
 
     def step(self, x: ArrayLike) -> Float32Array:
         """Move one step: x (input_size) gives y (output_size). ValueError for another shape."""
         return self._session.step(x)
 
-    def run(self, x: ArrayLike) -> Float32Array:
-        """Move T steps: x (T, input_size) gives y (T, output_size), to the bit what T calls of step give."""
-        return self._session.run(x)
+    def run(self, x: ArrayLike, reset: ArrayLike | None = None) -> Float32Array:
+        """Move T steps: x (T, input_size) gives y (T, output_size), to the bit what T calls of step give.
+
+        Where ``reset`` (T, bool) is set, the state is put to the initial one before the step. A bidirectional model
+        sees the T steps as the whole sequence.
+        """
+        return self._session.run(x, reset)
 
     def forecast(self, x: ArrayLike) -> Float32Array:
-        """Like :meth:`run`, but y (output_size) is the output of the last step alone. T must be at least 1."""
+        """Answer a window: x (T, input_size) gives y (output_size). T must be at least 1.
+
+        The output of the last step, or what the heads make of the last hidden state if the model was made so.
+        """
         return self._session.forecast(x)
 
     def reset(self) -> None:
-        """Set all states to zero."""
+        """Put the state to the initial one, zero or learned."""
         self._session.reset()
 
     @property
     def state(self) -> tuple[Float32Array, Float32Array]:
-        """Copies of h and c, (num_layers, hidden_size) each. Assign a pair to set them."""
+        """Copies of h (state_layers, h_size) and c (state_layers, c_size). Assign a pair to set them."""
         return self._session.state
 
     @state.setter

@@ -19,14 +19,15 @@ import torch
 from numpy.typing import NDArray
 
 from cellstep.artifact import load
-from cellstep.nn import Forecaster
+from cellstep.nn import Chain
 from cellstep.table import read_cells
 from cellstep.train.data import load_series, load_task, sample_path
 
 Float32Array = NDArray[np.float32]
 
 #: Programs and what they run.
-_PROGRAMS = {".pt": "cellstep-run", ".cellstep": "cellstep-embed"}
+_PROGRAMS = {".pt": "cellstep-run", ".pt2": "cellstep-run", ".cellstep": "cellstep-embed"}
+_RUN_BY = {".cellstep": "Session", ".onnx": "onnxruntime", ".pte": "ExecuTorch"}
 _TIMED_CALLS = 200
 _LARGEST_SET = 512
 #: What rounding a few times on the way to an output can come to.
@@ -71,7 +72,7 @@ class Report:
 
 
 def verify(
-    model: Forecaster,
+    model: Chain,
     artifacts: Iterable[str | os.PathLike[str]],
     windows: NDArray[Any] | None = None,
     tolerance: float = 2e-6,
@@ -81,7 +82,7 @@ def verify(
     The reference is the eager model on torch's own operators, whose kernels are not ours.
 
     Args:
-        artifacts: paths of ``.safetensors``, ``.pt`` and ``.cellstep`` files.
+        artifacts: paths of files that :func:`cellstep.load` reads.
         windows: (N, T, input_size); by default those of :func:`test_windows`.
         tolerance: largest difference allowed, relative to the range of the reference's outputs.
 
@@ -119,13 +120,13 @@ def verify(
             )
         label = Path(artifact.path).name
         suffix = Path(artifact.path).suffix
-        add({".cellstep": "Session"}.get(suffix, "Python"), label, artifact)
+        add(_RUN_BY.get(suffix, "Python"), label, artifact)
         if suffix in _PROGRAMS:
             report.rows.append(_run_program(_PROGRAMS[suffix], artifact.path, artifact.feature_names, x, truth, span))
     return report
 
 
-def test_windows(model: Forecaster, data: str | os.PathLike[str] | None = None) -> Float32Array:
+def test_windows(model: Chain, data: str | os.PathLike[str] | None = None) -> Float32Array:
     """(N, T, input_size) windows to compare on, evenly spaced, at most 512.
 
     They are cut from ``data``, or by default from the test days of the sample series if the model was trained on its
@@ -156,7 +157,7 @@ def test_windows(model: Forecaster, data: str | os.PathLike[str] | None = None) 
     return np.ascontiguousarray(x[picked], np.float32)
 
 
-def _eager(model: Forecaster) -> Callable[[Float32Array], Float32Array]:
+def _eager(model: Chain) -> Callable[[Float32Array], Float32Array]:
     def run(x: Float32Array) -> Float32Array:
         with torch.inference_mode():
             return model(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
@@ -199,9 +200,10 @@ def _run_program(program: str, path: str, names: list[str], x: Float32Array, tru
         row.problem = done.stderr.strip() or f"exit code {done.returncode}"
         return row
     y = np.array([line.split(",")[1:] for line in done.stdout.splitlines()[1:]], np.float64).astype(np.float32)
-    if y.shape != truth.shape:
+    if y.size != truth.size:
         row.problem = f"gave {y.shape} outputs and not {truth.shape}"
         return row
+    y = y.reshape(truth.shape)
     if median := re.search(r"median ([0-9.]+)", done.stderr):
         row.latency = float(median[1])
     return _compare(row, y, truth, span)

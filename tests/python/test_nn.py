@@ -182,13 +182,6 @@ def test_wrong_dtype_raises_as_torch_does():
             module(x)
 
 
-def test_what_is_not_there_says_so():
-    with pytest.raises(NotImplementedError, match="bidirectional"):
-        LSTM(3, 5, bidirectional=True)
-    with pytest.raises(NotImplementedError, match="proj_size"):
-        LSTM(3, 5, proj_size=2)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes_run_on_torch(dtype):
     ours, theirs = pair(LSTM, 3, 5, dtype=dtype)

@@ -79,7 +79,8 @@ def backward_arguments():
         a.detach() if torch.is_tensor(a) else a for a in layer_arguments()
     ]
     y, h_n, c_n, gates, cells = ops.lstm_layer(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, True)
-    return torch.randn_like(y), torch.randn_like(h), torch.randn_like(c), x, h, c, weight_ih, weight_hh, y, gates, cells
+    grads = torch.randn_like(y), torch.randn_like(h), torch.randn_like(c), torch.randn_like(cells)
+    return *grads, x, h, c, weight_ih, weight_hh, y, gates, cells
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -91,13 +92,18 @@ def test_opcheck(case):
 def test_opcheck_of_backward_and_inference(model):
     arguments = backward_arguments()
     torch.library.opcheck(ops.lstm_layer_backward.default, arguments)
-    grad_y, grad_h, grad_c, x, h, c, weight_ih, weight_hh, y, gates, cells = arguments
+    _, grad_h, grad_c, _, x, h, c, weight_ih, weight_hh, _, gates, cells = arguments
     torch.library.opcheck(
         ops.lstm_cell_backward.default, (grad_h, grad_c, x[0], h, c, weight_ih, weight_hh, cells[0], gates[0])
     )
-    for last_only in (True, False):
+    for answers, lengths, reset in (
+        (0, None, None),
+        (1, None, None),
+        (1, torch.tensor([7, 0, 3]), torch.rand(3, 7) > 0.5),
+    ):
         torch.library.opcheck(
-            ops.run_model.default, (image_of(model), torch.randn(3, 7, 10), *model.initial_state(3), 1, last_only)
+            ops.run_model.default,
+            (image_of(model), torch.randn(3, 7, 10), *model.initial_state(3), 1, answers, lengths, reset),
         )
 
 
@@ -121,7 +127,7 @@ def test_time_and_batch_stay_dynamic_under_export():
 
 def test_inference_operator_has_no_silent_gradient(model):
     h, c = model.initial_state(1)
-    y, _, _ = ops.run_model(image_of(model), torch.randn(1, 3, 10, requires_grad=True), h, c, 1, True)
+    y, _, _ = ops.run_model(image_of(model), torch.randn(1, 3, 10, requires_grad=True), h, c, 1, 1, None, None)
     with pytest.raises(RuntimeError, match="has no gradient: it runs an exported model"):
         y.sum().backward()
 
@@ -151,7 +157,7 @@ def test_layer_checks_its_arguments(what):
         ops.lstm_layer(*arguments)
 
 
-@pytest.mark.parametrize("place", range(11))
+@pytest.mark.parametrize("place", range(12))
 def test_backward_checks_its_arguments(place):
     arguments = list(backward_arguments())
     arguments[place] = arguments[place][:-1]
@@ -172,15 +178,20 @@ def test_run_model_checks_its_arguments(model):
     damaged = image.clone()
     damaged[24] = 200
     for wrong, message in [
-        ((image[:-1], x, h, c, 1, True), "shorter or longer"),
-        ((image.float(), x, h, c, 1, True), "expected image as the uint8 bytes"),
-        ((torch.zeros(0, dtype=torch.uint8), x, h, c, 1, True), "run_model: "),
-        ((damaged, x, h, c, 1, True), "records contradict"),
-        ((image, x.double(), h, c, 1, True), "expected x of float32 like the model, got float64"),
-        ((image, x[..., :9], h, c, 1, True), r"expected x of shape \(2, 4, 10\), got \(2, 4, 9\)"),
-        ((image, x[:, :0], h, c, 1, True), "at least one step"),
-        ((image, x, h[:1], c, 1, True), r"expected h of shape \(2, 2, 50\), got \(1, 2, 50\)"),
-        ((image, x, h, c, 2, True), "expected output_size 1"),
+        ((image[:-1], x, h, c, 1, 1, None, None), "shorter or longer"),
+        ((image.float(), x, h, c, 1, 1, None, None), "expected image as the uint8 bytes"),
+        ((torch.zeros(0, dtype=torch.uint8), x, h, c, 1, 1, None, None), "run_model: "),
+        ((damaged, x, h, c, 1, 1, None, None), "records contradict"),
+        ((image, x.double(), h, c, 1, 1, None, None), "expected x of float32 like the model, got float64"),
+        ((image, x[..., :9], h, c, 1, 1, None, None), r"expected x of shape \(2, 4, 10\), got \(2, 4, 9\)"),
+        ((image, x[:, :0], h, c, 1, 1, None, None), "at least one step"),
+        ((image, x, h[:1], c, 1, 1, None, None), r"expected h of shape \(2, 2, 50\), got \(1, 2, 50\)"),
+        ((image, x, h, c, 2, 1, None, None), "expected output_size 1"),
+        ((image, x, h, c, 1, 3, None, None), "expected answers 0"),
+        ((image, x, h, c, 1, 1, torch.tensor([1, 5]), None), "expected lengths from 0 to the 4 steps of x, got 5"),
+        ((image, x, h, c, 1, 1, torch.tensor([1]), None), "expected lengths of 2 int64 values"),
+        ((image, x, h, c, 1, 1, None, torch.zeros(2, 3, dtype=torch.bool)), r"expected reset of shape \(2, 4\)"),
+        ((image, x, h, c, 1, 1, None, torch.zeros(2, 4)), "expected reset as bool"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             ops.run_model(*wrong)

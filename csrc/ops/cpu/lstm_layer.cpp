@@ -17,9 +17,9 @@ void forward(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& we
     const std::size_t batch = size(x, 1);
     const std::size_t inputs = size(x, 2);
     const std::size_t units = size(h, 1);
-    const std::size_t packed = core::packed_size(inputs, units);
+    const std::size_t packed = core::packed_size(inputs, units, units);
     const auto memory = scratch<T>(packed + core::layer_scratch(steps, batch, inputs, units));
-    core::pack_layer<T>({inputs, units, matrix<T>(weight_ih), matrix<T>(weight_hh),
+    core::pack_layer<T>({inputs, units, units, false, matrix<T>(weight_ih), matrix<T>(weight_hh),
                          bias_ih ? data<T>(*bias_ih) : nullptr, bias_hh ? data<T>(*bias_hh) : nullptr},
                         memory.get());
     const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(units);
@@ -30,8 +30,6 @@ void forward(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& we
                             units,
                             memory.get(),
                             {data<T>(x), x.stride(0), x.stride(1), x.stride(2)},
-                            nullptr,
-                            nullptr,
                             data<T>(h),
                             mutable_data<T>(c),
                             {mutable_data<T>(y), step, row},
@@ -43,10 +41,10 @@ void forward(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& we
 }
 
 template <class T>
-void backward(const Tensor& grad_y, const Tensor& grad_h, const Tensor& grad_c, const Tensor& x, const Tensor& h,
-              const Tensor& c, const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& y, const Tensor& gates,
-              const Tensor& cells, const Tensor& grad_x, const Tensor& grad_weight_ih, const Tensor& grad_weight_hh,
-              const Tensor& grad_bias) {
+void backward(const Tensor& grad_y, const Tensor& grad_h, const Tensor& grad_c, const std::optional<Tensor>& grad_cells,
+              const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih, const Tensor& weight_hh,
+              const Tensor& y, const Tensor& gates, const Tensor& cells, const Tensor& grad_x,
+              const Tensor& grad_weight_ih, const Tensor& grad_weight_hh, const Tensor& grad_bias) {
     const std::size_t rows = size(x, 0) * size(x, 1);
     const std::size_t units = size(h, 1);
     const auto memory = scratch<T>(rows * core::gate_count * units);
@@ -63,6 +61,7 @@ void backward(const Tensor& grad_y, const Tensor& grad_h, const Tensor& grad_c, 
                              data<T>(gates),
                              data<T>(cells),
                              data<T>(grad_y),
+                             grad_cells ? data<T>(*grad_cells) : nullptr,
                              mutable_data<T>(grad_h),
                              mutable_data<T>(grad_c),
                              mutable_data<T>(grad_x),
@@ -105,11 +104,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer(Tensor x, Tensor h
     return {y, h_n, c_n, gates, cells};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(Tensor grad_y, Tensor grad_h,
-                                                                               Tensor grad_c, Tensor x, Tensor h,
-                                                                               Tensor c, Tensor weight_ih,
-                                                                               Tensor weight_hh, Tensor y, Tensor gates,
-                                                                               Tensor cells) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(
+    Tensor grad_y, Tensor grad_h, Tensor grad_c, std::optional<Tensor> grad_cells, Tensor x, Tensor h, Tensor c,
+    Tensor weight_ih, Tensor weight_hh, Tensor y, Tensor gates, Tensor cells) {
     const char* op = "lstm_layer_backward";
     check_input(op, "x", x, 3);
     check_input(op, "h", h, 2);
@@ -127,6 +124,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(T
     check_argument(op, "weight_hh", weight_hh, x, {gate_rows, units});
     for (Tensor* tensor : {&x, &h, &c, &weight_ih, &weight_hh, &y, &gates, &cells, &grad_y})
         *tensor = as_contiguous(*tensor);
+    if (grad_cells) {
+        check_argument(op, "grad_cells", *grad_cells, x, {steps, batch, units});
+        grad_cells = as_contiguous(*grad_cells);
+    }
     grad_h = copy_of(grad_h);
     grad_c = copy_of(grad_c);
     const Tensor grad_x = empty(x, {steps, batch, inputs});
@@ -134,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(T
     const Tensor grad_weight_hh = empty(x, {gate_rows, units});
     const Tensor grad_bias = empty(x, {gate_rows});
     const auto kernel = is_float(x) ? backward<float> : backward<double>;
-    kernel(grad_y, grad_h, grad_c, x, h, c, weight_ih, weight_hh, y, gates, cells, grad_x, grad_weight_ih,
+    kernel(grad_y, grad_h, grad_c, grad_cells, x, h, c, weight_ih, weight_hh, y, gates, cells, grad_x, grad_weight_ih,
            grad_weight_hh, grad_bias);
     return {grad_x, grad_h, grad_c, grad_weight_ih, grad_weight_hh, grad_bias};
 }

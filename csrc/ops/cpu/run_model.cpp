@@ -1,5 +1,7 @@
 #include "core/engine.h"
 
+#include <cstring>
+
 #include "ops/operators.h"
 
 namespace cellstep {
@@ -7,26 +9,67 @@ namespace ops {
 
 namespace {
 
+/// Rows of a batch, all with the same number of steps.
+struct Rows {
+    std::int64_t first;
+    std::int64_t count;
+    std::int64_t steps;
+};
+
 template <class T>
-void run(const core::Image& image, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& y, bool last_only) {
-    const std::size_t batch = size(x, 0);
-    const std::size_t steps = size(x, 1);
-    const auto memory = scratch<T>(core::model_scratch<T>(image, steps, batch));
-    core::run_model<T>(image,
-                       {steps,
-                        batch,
-                        {data<T>(x), x.stride(1), x.stride(0), x.stride(2)},
-                        mutable_data<T>(h),
-                        mutable_data<T>(c),
-                        {mutable_data<T>(y), y.stride(1), y.stride(0)},
-                        last_only},
-                       memory.get());
+void run(const core::Image& image, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& y,
+         core::Answers answers, const std::optional<Tensor>& lengths, const std::optional<Tensor>& reset) {
+    const std::int64_t batch = x.size(0);
+    const std::int64_t steps = x.size(1);
+    const auto call = [&](const Rows& rows, T* state_h, T* state_c) {
+        const std::size_t count = static_cast<std::size_t>(rows.count);
+        const std::size_t length = static_cast<std::size_t>(rows.steps);
+        const auto memory = scratch<T>(core::model_scratch<T>(image, length, count));
+        core::run_model<T>(
+            image,
+            {length,
+             count,
+             {data<T>(x) + rows.first * x.stride(0), x.stride(1), x.stride(0), x.stride(2)},
+             state_h,
+             state_c,
+             {mutable_data<T>(y) + rows.first * y.stride(0), y.dim() == 3 ? y.stride(1) : 0, y.stride(0)},
+             answers,
+             reset ? data<unsigned char>(*reset) + rows.first * reset->stride(0) : nullptr,
+             reset ? reset->stride(1) : 0,
+             reset ? reset->stride(0) : 0},
+            memory.get());
+    };
+    T* all_h = mutable_data<T>(h);
+    T* all_c = mutable_data<T>(c);
+    if (!lengths) return call({0, batch, steps}, all_h, all_c);
+
+    // Row by row: no bit of a row hangs on the others. Rows without a step answer from zeros, as padding does.
+    const core::ImageHeader& header = image.header();
+    const std::size_t layers = header.state_layers;
+    const auto row_h = scratch<T>(layers * header.h_size);
+    const auto row_c = scratch<T>(layers * header.c_size);
+    const auto copy = [&](T* row, T* all, std::int64_t place, std::size_t size, bool back) {
+        for (std::size_t layer = 0; layer < layers; ++layer, row += size) {
+            T* in_batch = all + (layer * static_cast<std::size_t>(batch) + static_cast<std::size_t>(place)) * size;
+            std::memcpy(back ? in_batch : row, back ? row : in_batch, size * sizeof(T));
+        }
+    };
+    for (std::int64_t row = 0; row < batch; ++row) {
+        const std::int64_t length = data<std::int64_t>(*lengths)[row];
+        if (length == 0) continue;
+        copy(row_h.get(), all_h, row, header.h_size, false);
+        copy(row_c.get(), all_c, row, header.c_size, false);
+        call({row, 1, length}, row_h.get(), row_c.get());
+        copy(row_h.get(), all_h, row, header.h_size, true);
+        copy(row_c.get(), all_c, row, header.c_size, true);
+    }
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, Tensor h, Tensor c, std::int64_t output_size,
-                                             bool last_only) {
+                                             std::int64_t answers, std::optional<Tensor> lengths,
+                                             std::optional<Tensor> reset) {
     const char* op = "run_model";
     check_input(op, "x", x, 3);
     if (!image.is_cpu() || image.scalar_type() != ScalarType::Byte || image.dim() != 1 || !image.is_contiguous())
@@ -42,18 +85,35 @@ std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, Tensor h, T
              ": convert it");
     if (output_size != static_cast<std::int64_t>(header.output_size))
         fail(op, ": expected output_size ", header.output_size, " as the model has, got ", output_size);
+    if (answers < 0 || answers > static_cast<std::int64_t>(core::Answers::hidden))
+        fail(op, ": expected answers 0 (every), 1 (last) or 2 (hidden), got ", answers);
     const std::int64_t batch = x.size(0);
     const std::int64_t steps = x.size(1);
     const std::int64_t inputs = header.input_size;
     if (steps == 0) fail(op, ": expected at least one step, got x of shape ", shape_text(x), ": leave out empty calls");
     check_argument(op, "x", x, x, {batch, steps, inputs});
-    check_argument(op, "h", h, x, {header.num_layers, batch, header.hidden_size});
-    check_argument(op, "c", c, x, {header.num_layers, batch, header.hidden_size});
+    check_argument(op, "h", h, x, {header.state_layers, batch, header.h_size});
+    check_argument(op, "c", c, x, {header.state_layers, batch, header.c_size});
+    if (reset) check_mask(op, "reset", *reset, {batch, steps});
+    if (lengths) {
+        if (!lengths->is_cpu() || lengths->scalar_type() != ScalarType::Long || lengths->dim() != 1 ||
+            lengths->size(0) != batch)
+            fail(op, ": expected lengths of ", batch, " int64 values on the CPU, got shape ", shape_text(*lengths),
+                 ": give one a row");
+        lengths = as_contiguous(*lengths);
+        for (std::int64_t row = 0; row < batch; ++row) {
+            const std::int64_t length = data<std::int64_t>(*lengths)[row];
+            if (length < 0 || length > steps)
+                fail(op, ": expected lengths from 0 to the ", steps, " steps of x, got ", length);
+        }
+    }
     const Tensor h_n = copy_of(h);
     const Tensor c_n = copy_of(c);
-    const Tensor y = empty(x, {batch, last_only ? 1 : steps, output_size});
+    const bool every = answers == 0;
+    Tensor y = every ? empty(x, {batch, steps, output_size}) : empty(x, {batch, output_size});
+    if (lengths) torch::stable::zero_(y);
     const auto kernel = is_float(x) ? run<float> : run<double>;
-    kernel(model, x, h_n, c_n, y, last_only);
+    kernel(model, x, h_n, c_n, y, static_cast<core::Answers>(answers), lengths, reset);
     return {y, h_n, c_n};
 }
 

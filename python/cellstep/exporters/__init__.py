@@ -1,19 +1,25 @@
 """Models out of Python and back: one file of this package for each kind of artifact."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from cellstep.exporters.deploy import export_deploy
 from cellstep.exporters.interchange import load_model, save
+from cellstep.exporters.onnx_graph import export_onnx
+from cellstep.exporters.package import export_package
 from cellstep.exporters.torchscript import export_torchscript
-from cellstep.nn import Forecaster
+from cellstep.nn import LSTM, Chain
 
 __all__ = ["SUFFIXES", "export", "load_model", "save"]
 
-_WRITERS: dict[str, Callable[[Forecaster, Path], None]] = {
+_WRITERS: dict[str, Any] = {
     ".cellstep": export_deploy,
+    ".onnx": export_onnx,
     ".pt": export_torchscript,
+    ".pt2": export_package,
     ".safetensors": save,
 }
 
@@ -21,22 +27,33 @@ _WRITERS: dict[str, Callable[[Forecaster, Path], None]] = {
 SUFFIXES = tuple(_WRITERS)
 
 
-def export(model: Forecaster, path: str | os.PathLike[str]) -> None:
+def export(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> None:
     """Write a model as the artifact that the suffix of ``path`` names.
 
-    ``.pt``: TorchScript, frozen, weights packed; ``.cellstep``: the deploy file of the torch-free runtime;
-    ``.safetensors``: weights and configuration for interchange, as :func:`save` writes them. Scaling, names, window
-    and horizon are in all of them. A file that exists is replaced once the new one is whole.
+    ``.cellstep``: the deploy file of the torch-free runtime; ``.pt``: TorchScript, frozen, weights packed; ``.pt2``:
+    a compiled package for torch without TorchScript; ``.onnx``; ``.pte``: ExecuTorch; ``.safetensors``: weights and
+    configuration for interchange, as :func:`save` writes them. Scaling, names, window and horizon are in all of them.
+    A file that exists is replaced once the new one is whole.
+
+    Args:
+        model: a :class:`cellstep.nn.Chain`, such as a ``Forecaster``; an :class:`cellstep.nn.LSTM` is exported as
+            ``Chain(lstm, answers="every")``.
+        options: of the exporter: ``standalone`` for ``.pt``; ``input_names``, ``output_names``, ``lengths`` and
+            ``reset`` for ``.onnx``; ``batch_size`` and ``steps`` for ``.pte``.
 
     Raises:
         ValueError: the suffix is unknown, or the artifact cannot hold the model's dtype.
-        TypeError: ``model`` is no :class:`cellstep.nn.Forecaster`.
+        TypeError: ``model`` is neither, or the artifact has no such option.
         OSError: the file cannot be written.
     """
     target = Path(path)
     writer = _WRITERS.get(target.suffix)
     if writer is None:
         raise ValueError(f"expected a path that ends in {', '.join(SUFFIXES)}; got '{target}'; rename the output")
-    if not isinstance(model, Forecaster):
-        raise TypeError(f"expected a cellstep.nn.Forecaster; got {type(model).__name__}; put its layers into one")
-    writer(model, target)
+    if isinstance(model, LSTM):
+        model = Chain(model, answers="every").train(model.training)
+    if not isinstance(model, Chain):
+        raise TypeError(
+            f"expected a cellstep.nn.Chain or LSTM; got {type(model).__name__}; put its layers into a Chain"
+        )
+    writer(model, target, **options)

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,52 +13,103 @@ from torch import Tensor
 
 from cellstep import _runtime
 from cellstep.exporters.files import replacing
-from cellstep.nn import Forecaster
+from cellstep.formula import ACTIVATIONS
+from cellstep.nn import LSTM, Chain, Dense
+from cellstep.nn.chain import ANSWERS
 
-_VERSION = 1
+_VERSION = 2
 _ALIGNMENT = 64
 _PACKED = 1  # the layout of csrc/core/pack.h
-_INPUT_SCALING, _LSTM, _DENSE, _OUTPUT_SCALING, _FEATURE_NAMES, _OUTPUT_NAMES, _TEST_VECTOR = range(1, 8)
+_INPUT_SCALING, _LSTM, _DENSE, _OUTPUT_SCALING, _FEATURE_NAMES, _OUTPUT_NAMES, _TEST_VECTOR, _SKIP = range(1, 9)
+_BIDIRECTIONAL, _PEEPHOLE, _LAYER_NORM, _COUPLED, _RESIDUAL, _INITIAL = (1 << bit for bit in range(6))
 _TEST_STEPS = 16
 #: Largest error that a self-test allows, relative to the largest output and its scale: float32 leaves some 1e-7 a
 #: step, and a wrong weight or a broken kernel gives far more.
 _TEST_TOLERANCE = 1e-5
 
 _Array = NDArray[Any]
-_Record = tuple[int, int, tuple[int, ...], bytes]
 
 
-def export_deploy(model: Forecaster, path: Path) -> None:
+@dataclass
+class _Record:
+    kind: int
+    sizes: tuple[int, ...]
+    content: bytes
+    layout: int = 0
+    flags: int = 0
+    activations: int = 0
+
+
+def export_deploy(model: Chain, path: Path) -> None:
     """Write the deploy file of a float32 model. ValueError for another dtype or for weights that are not finite."""
-    if model.head.weight.dtype != torch.float32:
-        raise ValueError(
-            f"expected a float32 model for a deploy file; got {model.head.weight.dtype}; use model.float()"
-        )
+    if model.dtype != torch.float32:
+        raise ValueError(f"expected a float32 model for a deploy file; got {model.dtype}; use model.float()")
     data = image(model)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
-def image(model: Forecaster) -> bytes:
+def image(model: Chain) -> bytes:
     """The bytes of a deploy file: packed weights, scaling, names and a test vector, in the model's own dtype."""
-    lstm = model.lstm
-    records: list[_Record] = [
-        (_INPUT_SCALING, 0, (model.input_size,), _bytes(model.input_offset, model.input_scale)),
-    ]
-    for layer in range(model.num_layers):
-        inputs = model.input_size if layer == 0 else model.hidden_size
-        weights = [_array(getattr(lstm, f"{kind}_l{layer}")) for kind in ("weight_ih", "weight_hh")]
-        biases = [_array(getattr(lstm, f"{kind}_l{layer}")) if lstm.bias else None for kind in ("bias_ih", "bias_hh")]
-        packed = _runtime.pack_layer(*weights, *biases)
-        records.append((_LSTM, _PACKED, (inputs, model.hidden_size), packed.tobytes()))
-    head = _runtime.pack_dense(_array(model.head.weight), _array(model.head.bias))
-    records.append((_DENSE, _PACKED, (model.hidden_size, model.output_size), head.tobytes()))
-    records.append((_OUTPUT_SCALING, 0, (model.output_size,), _bytes(model.output_offset, model.output_scale)))
+    records = [_Record(_INPUT_SCALING, (model.input_size,), _bytes(model.input_offset, model.input_scale))]
+    records += [_dense_record(dense) for dense in model.encoder]
+    records += [_lstm_record(lstm, layer) for lstm in model.lstms for layer in range(lstm.num_layers)]
+    records += [_dense_record(dense) for dense in model.heads]
+    records.append(_Record(_OUTPUT_SCALING, (model.output_size,), _bytes(model.output_offset, model.output_scale)))
+    if model.skip_columns:
+        columns = np.array(model.skip_columns, np.uint32)
+        records.append(_Record(_SKIP, (model.output_size,), columns.tobytes()))
     for kind, names in ((_FEATURE_NAMES, model.feature_names), (_OUTPUT_NAMES, model.output_names)):
         if names:
-            records.append((kind, 0, (len(names),), _encode(names)))
-    records.append((_TEST_VECTOR, 0, (_TEST_STEPS,), _test_vector(model)))
+            records.append(_Record(kind, (len(names),), _encode(names)))
+    records.append(_Record(_TEST_VECTOR, (_TEST_STEPS,), _test_vector(model)))
     return _assemble(model, records)
+
+
+def _dense_record(dense: Dense) -> _Record:
+    packed = _runtime.pack_dense(_array(dense.weight), None if dense.bias is None else _array(dense.bias))
+    sizes = (dense.in_features, dense.out_features)
+    return _Record(_DENSE, sizes, packed.tobytes(), _PACKED, activations=ACTIVATIONS.index(dense.activation))
+
+
+def _lstm_record(lstm: LSTM, layer: int) -> _Record:
+    flags = (
+        _BIDIRECTIONAL * lstm.bidirectional
+        | _PEEPHOLE * lstm.peephole
+        | _LAYER_NORM * lstm.layer_norm
+        | _COUPLED * lstm.coupled
+        | _RESIDUAL * (lstm.residual and layer > 0)
+        | _INITIAL * lstm.learn_initial_state
+    )
+    parts: list[_Array] = []
+    directions = 2 if lstm.bidirectional else 1
+    for reverse in range(directions):
+        p = {name: _array(tensor) for name, tensor in lstm.layer_parameters(layer, bool(reverse)).items()}
+        weights = (p["weight_ih"], p["weight_hh"], p.get("bias_ih"), p.get("bias_hh"))
+        parts.append(_runtime.pack_layer(*weights, lstm.coupled))
+        if lstm.proj_size:
+            parts.append(p["weight_hr"].T)
+        for name in ("weight_peephole", "norm_ih", "norm_hh"):
+            if name in p:
+                parts.append(_with_forget_gate(p[name], lstm))
+        if lstm.layer_norm:
+            parts += [p["norm_c"], p["norm_c_bias"]]
+        if lstm.learn_initial_state:
+            row = layer * directions + reverse
+            parts += [_array(lstm.initial_h[row]), _array(lstm.initial_c[row])]
+    parts.append(np.array([lstm.cell_clip, lstm.zoneout_h, lstm.zoneout_c], parts[0].dtype))
+    names = (lstm.gate_activation, lstm.activation, lstm.output_activation)
+    activations = sum(ACTIVATIONS.index(name) << (8 * place) for place, name in enumerate(names))
+    inputs = int(lstm.layer_parameters(layer)["weight_ih"].shape[1])
+    content = np.concatenate([part.ravel() for part in parts]).tobytes()
+    return _Record(_LSTM, (inputs, lstm.hidden_size, lstm.proj_size), content, _PACKED, flags, activations)
+
+
+def _with_forget_gate(values: _Array, lstm: LSTM) -> _Array:
+    """Values by gate, with zeros for the f that a coupled layer has none of."""
+    if not lstm.coupled:
+        return values
+    return np.insert(values, lstm.hidden_size, np.zeros(lstm.hidden_size, values.dtype))
 
 
 def _array(tensor: Tensor) -> _Array:
@@ -78,13 +130,13 @@ def _encode(names: list[str]) -> bytes:
     return b"".join(name.encode() + b"\0" for name in names)
 
 
-def _test_vector(model: Forecaster) -> bytes:
+def _test_vector(model: Chain) -> bytes:
     """Tolerance, input and expected output, the last from torch's own operators in float64."""
     reference = model.reference().cpu().double()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_TEST_STEPS, model.input_size, generator=generator, dtype=torch.float64)
     spread = torch.where(reference.input_scale == 0, 1.0, 1.0 / reference.input_scale)
-    dtype = model.head.weight.dtype
+    dtype = model.dtype
     x = (reference.input_offset + noise * spread).to(dtype)
     with torch.no_grad():
         y, _ = reference.run(x.double().unsqueeze(0), reference.initial_state(1))
@@ -92,34 +144,35 @@ def _test_vector(model: Forecaster) -> bytes:
     return _bytes(tolerance.to(dtype).reshape(1), x, y.to(dtype))
 
 
-def _assemble(model: Forecaster, records: list[_Record]) -> bytes:
+def _assemble(model: Chain, records: list[_Record]) -> bytes:
     offset = 64 + 64 * len(records)
     table = b""
     data = b""
-    for kind, layout, sizes, content in records:
-        padding = -(offset + len(data)) % _ALIGNMENT
-        data += bytes(padding)
-        padded_sizes = (*sizes, *[0] * (4 - len(sizes)))
-        table += struct.pack("<6IQ2Q2Q", kind, layout, *padded_sizes, 0, offset + len(data), len(content), 0, 0)
-        data += content
+    for record in records:
+        data += bytes(-(offset + len(data)) % _ALIGNMENT)
+        sizes = (*record.sizes, *[0] * (4 - len(record.sizes)))
+        numbers = (record.kind, record.layout, *sizes, record.flags, record.activations)
+        table += struct.pack("<8I4Q", *numbers, offset + len(data), len(record.content), 0, 0)
+        data += record.content
     body = table + data
 
     def header(checksum: int) -> bytes:
         return struct.pack(
-            "<8sIIQ8IQ",
+            "<8sIIQ10I",
             b"CELLSTEP",
             _VERSION,
             checksum,
             64 + len(body),
             len(records),
-            1 if model.head.weight.dtype == torch.float64 else 0,
+            1 if model.dtype == torch.float64 else 0,
             model.input_size,
             model.output_size,
-            model.num_layers,
-            model.hidden_size,
+            model.state_layers,
+            model.h_size,
+            model.c_size,
             model.window,
             model.horizon,
-            0,
+            ANSWERS.index(model.answers),
         )
 
     return header(zlib.crc32(header(0) + body)) + body

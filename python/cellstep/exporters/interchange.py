@@ -10,12 +10,12 @@ import safetensors.torch
 
 import cellstep
 from cellstep.exporters.files import replacing
-from cellstep.nn import Forecaster
+from cellstep.nn import LSTM, Chain, Dense, Forecaster, Skip
 
 _KEY = "cellstep"
 
 
-def save(model: Forecaster, path: str | os.PathLike[str]) -> None:
+def save(model: Chain, path: str | os.PathLike[str]) -> None:
     """Write weights, scaling and configuration.
 
     Raises:
@@ -23,11 +23,12 @@ def save(model: Forecaster, path: str | os.PathLike[str]) -> None:
     """
     config = {
         "version": cellstep.__version__,
-        "input_size": model.input_size,
-        "hidden_size": model.hidden_size,
-        "num_layers": model.num_layers,
-        "output_size": model.output_size,
-        "dropout": model.lstm.dropout,
+        "forecaster": isinstance(model, Forecaster),
+        "encoder": [_dense_configuration(dense) for dense in model.encoder],
+        "lstms": [lstm.configuration() for lstm in model.lstms],
+        "heads": [_dense_configuration(dense) for dense in model.heads],
+        "skip": model.skip_columns,
+        "answers": model.answers,
         "feature_names": model.feature_names,
         "output_names": model.output_names,
         "window": model.window,
@@ -38,7 +39,34 @@ def save(model: Forecaster, path: str | os.PathLike[str]) -> None:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(config)})
 
 
-def load_model(path: str | os.PathLike[str]) -> Forecaster:
+def _dense_configuration(dense: Dense) -> dict[str, Any]:
+    return {
+        "in_features": dense.in_features,
+        "out_features": dense.out_features,
+        "activation": dense.activation,
+        "bias": dense.bias is not None,
+    }
+
+
+def _from_configuration(config: dict[str, Any]) -> Chain:
+    """The chain without its values: on the meta device, so that sizes out of a damaged file cost nothing."""
+    for lstm in config["lstms"]:
+        if "zoneout" in lstm:
+            lstm["zoneout"] = tuple(lstm["zoneout"])
+    if config["forecaster"]:
+        (options,), (head,) = config["lstms"], config["heads"]
+        options = {name: value for name, value in options.items() if name != "batch_first"}
+        return Forecaster(**options, output_size=head["out_features"], device="meta")
+    stages: list[Any] = [
+        *(Dense(**dense, device="meta") for dense in config["encoder"]),
+        *(LSTM(**lstm, device="meta") for lstm in config["lstms"]),
+        *(Dense(**dense, device="meta") for dense in config["heads"]),
+    ]
+    skip = [Skip(config["skip"])] if config["skip"] else []
+    return Chain(*stages, *skip, answers=config["answers"])
+
+
+def load_model(path: str | os.PathLike[str]) -> Chain:
     """Read what :func:`save` wrote, as a model in training mode.
 
     Raises:
@@ -60,15 +88,7 @@ def load_model(path: str | os.PathLike[str]) -> Forecaster:
         )
     try:
         config: dict[str, Any] = json.loads(metadata[_KEY])
-        # On the meta device nothing is allocated, so that sizes out of a damaged file cost nothing.
-        model = Forecaster(
-            config["input_size"],
-            config["hidden_size"],
-            config["num_layers"],
-            config["output_size"],
-            dropout=config["dropout"],
-            device="meta",
-        )
+        model = _from_configuration(config)
         model.load_state_dict(tensors, assign=True)
         model.requires_grad_(True)
         for key in ("feature_names", "output_names"):

@@ -5,7 +5,7 @@ It is deprecated upstream in favour of ``torch.export``; this artifact is for th
 
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Optional
 
 import torch
 from torch import Tensor, nn
@@ -13,74 +13,135 @@ from torch import Tensor, nn
 import cellstep
 from cellstep.exporters.deploy import image
 from cellstep.exporters.files import replacing
-from cellstep.nn import Forecaster
+from cellstep.nn import Chain
+from cellstep.nn.chain import ANSWERS
 
-_ATTRIBUTES = ["feature_names", "output_names", "window", "horizon"]
-_SIZES = ["input_size", "output_size", "num_layers", "hidden_size"]
-_METHODS = ["initial_state", "run", "step"]
+_ATTRIBUTES = ["feature_names", "output_names", "window", "horizon", "answers"]
+_SIZES = ["input_size", "output_size", "state_layers", "h_size", "c_size"]
+_METHODS = ["answer", "initial_state", "reset", "run", "step"]
+#: Kept as tensors of the module where freezing would make constants of them, which do not move between devices.
+_TENSORS = ["image", "initial_h", "initial_c"]
 
 
-class PackedForecaster(nn.Module):
-    """A forecaster for inference alone: the deploy image as one tensor, run by one operator a call."""
+class PackedChain(nn.Module):
+    """A chain for inference alone: the deploy image as one tensor, run by one operator a call.
+
+    The methods are those of :class:`cellstep.nn.Chain`. On another device than the CPU the call itself takes place on
+    the CPU.
+    """
 
     input_size: Final[int]
     output_size: Final[int]
-    num_layers: Final[int]
-    hidden_size: Final[int]
-    dtype: Final[torch.dtype]
+    state_layers: Final[int]
+    h_size: Final[int]
+    c_size: Final[int]
+    answers: Final[str]
+    _answers: Final[int]
     feature_names: list[str]
     output_names: list[str]
     image: Tensor
+    initial_h: Tensor
+    initial_c: Tensor
 
-    def __init__(self, model: Forecaster) -> None:
+    def __init__(self, model: Chain) -> None:
         super().__init__()
         self.input_size = model.input_size
         self.output_size = model.output_size
-        self.num_layers = model.num_layers
-        self.hidden_size = model.hidden_size
-        self.dtype = model.head.weight.dtype
-        self.feature_names = list(model.feature_names)
-        self.output_names = list(model.output_names)
+        self.state_layers = model.state_layers
+        self.h_size = model.h_size
+        self.c_size = model.c_size
+        self.answers = model.answers
         self.window = model.window
         self.horizon = model.horizon
+        self._answers = ANSWERS.index(model.answers)
+        self.feature_names = list(model.feature_names)
+        self.output_names = list(model.output_names)
+        h, c = (part.detach().clone() for part in model.initial_state(1))
+        self.register_buffer("initial_h", h)
+        self.register_buffer("initial_c", c)
         self.register_buffer("image", torch.frombuffer(bytearray(image(model)), dtype=torch.uint8))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Forecast from whole windows: (N, T, input_size) -> (N, output_size), or (T, input_size) -> (output_size)."""
+    def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
         windows = x if x.dim() == 3 else x.unsqueeze(0)
-        h, c = self.initial_state(windows.size(0))
-        y, _, _ = torch.ops.cellstep.run_model(self.image, windows, h, c, self.output_size, True)
-        answer: Tensor = y.squeeze(1)
-        return answer if x.dim() == 3 else answer.squeeze(0)
+        y, _ = self.answer(windows, self.initial_state(windows.size(0)), lengths)
+        return y if x.dim() == 3 else y.squeeze(0)
 
     @torch.jit.export
-    def run(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Carry a stream over several steps: (N, T, input_size) and a state give (N, T, output_size) and a state."""
-        y, h, c = torch.ops.cellstep.run_model(self.image, x, state[0], state[1], self.output_size, False)
-        return y, (h, c)
+    def answer(
+        self, x: Tensor, state: tuple[Tensor, Tensor], lengths: Optional[Tensor] = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return self._run(x, state[0], state[1], self._answers, lengths, None)
+
+    @torch.jit.export
+    def run(
+        self, x: Tensor, state: tuple[Tensor, Tensor], reset: Optional[Tensor] = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return self._run(x, state[0], state[1], 0, None, reset)
 
     @torch.jit.export
     def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Carry a stream over one step: (N, input_size) and a state give (N, output_size) and a state."""
-        y, state = self.run(x.unsqueeze(-2), state)
+        y, state = self._run(x.unsqueeze(-2), state[0], state[1], 0, None, None)
         return y.squeeze(-2), state
 
     @torch.jit.export
     def initial_state(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """The zero state (h, c) of ``batch_size`` streams, (num_layers, batch_size, hidden_size) each."""
-        shape = [self.num_layers, batch_size, self.hidden_size]
-        return torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
+        return self.initial_h.repeat(1, batch_size, 1), self.initial_c.repeat(1, batch_size, 1)
+
+    @torch.jit.export
+    def reset(self, state: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        rows = mask.unsqueeze(0).unsqueeze(2)
+        return torch.where(rows, self.initial_h, state[0]), torch.where(rows, self.initial_c, state[1])
+
+    def _run(
+        self, x: Tensor, h: Tensor, c: Tensor, answers: int, lengths: Optional[Tensor], reset: Optional[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if lengths is not None:
+            lengths = lengths.to(torch.int64)
+        if x.device == torch.device("cpu"):
+            y, h, c = torch.ops.cellstep.run_model(self.image, x, h, c, self.output_size, answers, lengths, reset)
+            return y, (h, c)
+        y, h_n, c_n = torch.ops.cellstep.run_model(
+            self.image.cpu(),
+            x.cpu(),
+            h.cpu(),
+            c.cpu(),
+            self.output_size,
+            answers,
+            lengths.cpu() if lengths is not None else None,
+            reset.cpu() if reset is not None else None,
+        )
+        return y.to(x.device), (h_n.to(x.device), c_n.to(x.device))
 
 
-def export_torchscript(model: Forecaster, path: Path) -> None:
-    """Script, freeze and save a float32 or float64 model. ValueError for another dtype."""
-    if model.head.weight.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"expected a float32 or float64 model; got {model.head.weight.dtype}; use model.float()")
-    scripted = torch.jit.script(PackedForecaster(model).eval())
-    frozen = torch.jit.freeze(scripted, preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES)
+def packed(model: Chain) -> PackedChain:
+    """The chain as one tensor and one operator. ValueError for another dtype than float32 and float64."""
+    if model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"expected a float32 or float64 model; got {model.dtype}; use model.float()")
+    return PackedChain(model).eval()
+
+
+def export_torchscript(model: Chain, path: Path, standalone: bool = False) -> None:
+    """Script, freeze and save a model.
+
+    Args:
+        standalone: on torch's own operators alone, for a libtorch that nobody can add a library to: any dtype and
+            device, slower on a CPU.
+
+    Raises:
+        ValueError: the model is neither float32 nor float64, unless ``standalone``.
+    """
+    if standalone:
+        module: nn.Module = model.reference()
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        scripted = torch.jit.script(module)  # unfrozen: constants would not move between devices
+    else:
+        scripted = torch.jit.freeze(
+            torch.jit.script(packed(model)), preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _TENSORS
+        )
     with replacing(path) as temporary:
         # The version that wrote the file tells whoever lacks an operator what to install.
-        torch.jit.save(frozen, temporary, _extra_files={"cellstep_version": cellstep.__version__})
+        torch.jit.save(scripted, temporary, _extra_files={"cellstep_version": cellstep.__version__})
 
 
 def load_torchscript(path: str | os.PathLike[str]) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cellstep.nn import Forecaster
+from cellstep.nn import Chain
 from cellstep.train.data import Float64Array, Task, Windows
 
 
@@ -20,7 +20,7 @@ class Result:
     validation_error: float
 
 
-def mean_absolute_error(model: Forecaster, task: Task, windows: Windows) -> float:
+def mean_absolute_error(model: Chain, task: Task, windows: Windows) -> float:
     """Of a model on the given windows, in the target's unit."""
     x, y = _tensors(task, windows)
     model.eval()
@@ -30,7 +30,7 @@ def mean_absolute_error(model: Forecaster, task: Task, windows: Windows) -> floa
 
 
 def fit(
-    model: Forecaster,
+    model: Chain,
     task: Task,
     *,
     epochs: int = 30,

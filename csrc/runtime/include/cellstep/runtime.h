@@ -80,10 +80,12 @@ CELLSTEP_API void cellstep_model_destroy(cellstep_model* model);
 typedef struct cellstep_model_info {
     uint32_t input_size;  /**< values in x, one time step */
     uint32_t output_size; /**< values in y */
-    uint32_t num_layers;  /**< LSTM layers */
-    uint32_t hidden_size; /**< units in each layer; h and c are (num_layers, hidden_size) each */
+    uint32_t num_layers;  /**< rows of the state: LSTM layers times directions; 1 if their sizes differ */
+    uint32_t hidden_size; /**< values in a row of c; the units of each layer, or of all side by side */
     uint32_t window;      /**< steps that the model was trained to see before a forecast; 0: not said */
     uint32_t horizon;     /**< steps from the last input to the moment forecast; 0: not said */
+    uint32_t h_size;      /**< values in a row of h; fewer than hidden_size behind a projection */
+    uint32_t answers;     /**< what the model was made to answer: 0 every step, 1 the last, 2 the last hidden state */
 } cellstep_model_info;
 
 CELLSTEP_API cellstep_status cellstep_model_get_info(const cellstep_model* model, cellstep_model_info* info);
@@ -100,7 +102,10 @@ CELLSTEP_API const char* cellstep_model_output_name(const cellstep_model* model,
  */
 CELLSTEP_API cellstep_status cellstep_model_selftest(const cellstep_model* model, float* error);
 
-/** Creates a session with all states zero. The model must outlive it. This is the only call that allocates. */
+/**
+ * Creates a session in the initial state, zero or learned. The model must outlive it. No later call allocates, but
+ * longer and longer runs of a bidirectional model, which needs the whole sequence at once.
+ */
 CELLSTEP_API cellstep_status cellstep_session_create(const cellstep_model* model, cellstep_session** session);
 
 /** Destroys a session; null is allowed. */
@@ -112,14 +117,21 @@ CELLSTEP_API cellstep_status cellstep_session_step(cellstep_session* session, co
 /** Moves `steps` time steps: x (steps, input_size) in, y (steps, output_size) out. To the bit as many single steps. */
 CELLSTEP_API cellstep_status cellstep_session_run(cellstep_session* session, const float* x, size_t steps, float* y);
 
-/** The same, but y (output_size) is the output of the last step alone. `steps` must be at least 1. */
+/** The same; where reset[step] is not 0 the state is put to the initial one before the step. `reset` may be null. */
+CELLSTEP_API cellstep_status cellstep_session_run_reset(cellstep_session* session, const float* x,
+                                                        const unsigned char* reset, size_t steps, float* y);
+
+/**
+ * Answers a window: y (output_size) is the output of the last step, or comes from the last hidden state if the model
+ * was made so. `steps` must be at least 1.
+ */
 CELLSTEP_API cellstep_status cellstep_session_forecast(cellstep_session* session, const float* x, size_t steps,
                                                        float* y);
 
-/** Sets all states to zero. */
+/** Puts the state to the initial one, zero or learned. */
 CELLSTEP_API cellstep_status cellstep_session_reset(cellstep_session* session);
 
-/** Copies the state out: h and c, (num_layers, hidden_size) each. */
+/** Copies the state out: h (num_layers, h_size) and c (num_layers, hidden_size). */
 CELLSTEP_API cellstep_status cellstep_session_get_state(const cellstep_session* session, float* h, float* c);
 
 /** Copies a state in. */

@@ -1,0 +1,282 @@
+/// Gradients of lstm_layer, lstm_cell and dense for programs without Python, equal to those that python/cellstep/ops.py
+/// registers. What has a formula on torch's operators there, namely gradients of gradients, lstm_variant and activate,
+/// is an error here.
+#include "cellstep/autograd.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/zeros_like.h>
+#include <dlfcn.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cellstep/ops.h"
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::compute_requires_grad;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+using Optional = std::optional<Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+/// The signature of lstm_layer and lstm_cell: x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, save.
+template <class Result>
+using Forward = Result(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&,
+                       const Optional&, bool);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> op(const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Five lstm_layer_values(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih,
+                       const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh, bool save) {
+    static const auto values = op<Forward<Five>>("cellstep::lstm_layer");
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return values.call(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
+}
+
+Three lstm_cell_values(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih,
+                       const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh, bool save) {
+    static const auto values = op<Forward<Three>>("cellstep::lstm_cell");
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return values.call(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
+}
+
+Tensor dense_values(const Tensor& x, const Tensor& weight, const Optional& bias) {
+    static const auto values = op<Tensor(const Tensor&, const Tensor&, const Optional&)>("cellstep::dense");
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return values.call(x, weight, bias);
+}
+
+/// An absent bias is saved as an undefined tensor.
+Optional as_optional(const Tensor& tensor) { return tensor.defined() ? Optional(tensor) : std::nullopt; }
+
+Tensor or_zeros(const Tensor& gradient, const Tensor& like) {
+    return gradient.defined() ? gradient : at::zeros_like(like);
+}
+
+/// For every argument of the forward operator the gradient, or an undefined tensor; either bias has the same one.
+variable_list gradients(const Six& found, const Tensor& bias_ih, const Tensor& bias_hh) {
+    const auto& [x, h, c, weight_ih, weight_hh, bias] = found;
+    const Tensor none;
+    return {x, h, c, weight_ih, weight_hh, bias_ih.defined() ? bias : none, bias_hh.defined() ? bias : none, none};
+}
+
+struct LstmLayer : Function<LstmLayer> {
+    static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& h, const Tensor& c,
+                                 const Tensor& weight_ih, const Tensor& weight_hh, const Optional& bias_ih,
+                                 const Optional& bias_hh, bool save) {
+        const auto [y, h_n, c_n, gates, cells] =
+            lstm_layer_values(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
+        ctx->save_for_backward(
+            {x, h, c, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor()), y, gates, cells});
+        ctx->saved_data["save"] = save;
+        ctx->mark_non_differentiable({gates});
+        ctx->set_materialize_grads(false);
+        return {y, h_n, c_n, gates, cells};
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        static const auto differentiate =
+            op<Six(const Tensor&, const Tensor&, const Tensor&, const Optional&, const Tensor&, const Tensor&,
+                   const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+                "cellstep::lstm_layer_backward");
+        const variable_list saved = ctx->get_saved_variables();
+        const Tensor &x = saved[0], &h = saved[1], &c = saved[2], &weight_ih = saved[3], &weight_hh = saved[4];
+        const Tensor &bias_ih = saved[5], &bias_hh = saved[6], &y = saved[7];
+        Tensor gates = saved[8], cells = saved[9];
+        Optional grad_cells = as_optional(grads[4]);
+        if (!ctx->saved_data["save"].toBool()) {
+            std::tie(std::ignore, std::ignore, std::ignore, gates, cells) = lstm_layer_values(
+                x, h, c, weight_ih, weight_hh, as_optional(bias_ih), as_optional(bias_hh), /*save=*/true);
+            grad_cells = std::nullopt;  // it is that of the empty tensor which was given out as cells
+        }
+        return gradients(differentiate.call(or_zeros(grads[0], y), or_zeros(grads[1], h), or_zeros(grads[2], c),
+                                            grad_cells, x, h, c, weight_ih, weight_hh, y, gates, cells),
+                         bias_ih, bias_hh);
+    }
+};
+
+struct LstmCell : Function<LstmCell> {
+    static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& h, const Tensor& c,
+                                 const Tensor& weight_ih, const Tensor& weight_hh, const Optional& bias_ih,
+                                 const Optional& bias_hh, bool save) {
+        const auto [h_next, c_next, gates] = lstm_cell_values(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
+        ctx->save_for_backward(
+            {x, h, c, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor()), c_next, gates});
+        ctx->saved_data["save"] = save;
+        ctx->mark_non_differentiable({gates});
+        ctx->set_materialize_grads(false);
+        return {h_next, c_next, gates};
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        static const auto differentiate =
+            op<Six(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                   const Tensor&, const Tensor&, const Tensor&)>("cellstep::lstm_cell_backward");
+        const variable_list saved = ctx->get_saved_variables();
+        const Tensor &x = saved[0], &h = saved[1], &c = saved[2], &weight_ih = saved[3], &weight_hh = saved[4];
+        const Tensor &bias_ih = saved[5], &bias_hh = saved[6], &c_next = saved[7];
+        Tensor gates = saved[8];
+        if (!ctx->saved_data["save"].toBool())
+            std::tie(std::ignore, std::ignore, gates) = lstm_cell_values(
+                x, h, c, weight_ih, weight_hh, as_optional(bias_ih), as_optional(bias_hh), /*save=*/true);
+        return gradients(differentiate.call(or_zeros(grads[0], h), or_zeros(grads[1], c), x, h, c, weight_ih, weight_hh,
+                                            c_next, gates),
+                         bias_ih, bias_hh);
+    }
+};
+
+struct Dense : Function<Dense> {
+    static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Optional& bias) {
+        ctx->save_for_backward({x, weight});
+        ctx->saved_data["bias"] = bias.has_value();
+        return dense_values(x, weight, bias);
+    }
+
+    // On torch's own operators, hence differentiable as often as one likes.
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const variable_list saved = ctx->get_saved_variables();
+        const Tensor &x = saved[0], &weight = saved[1], &grad = grads[0];
+        const Tensor rows = grad.reshape({-1, weight.size(0)});
+        const Tensor to_weight = rows.t().matmul(x.reshape({-1, weight.size(1)}));
+        return {grad.matmul(weight), to_weight, ctx->saved_data["bias"].toBool() ? rows.sum(0) : Tensor()};
+    }
+};
+
+Five lstm_layer(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih, const Tensor& weight_hh,
+                const Optional& bias_ih, const Optional& bias_hh, bool save) {
+    if (!compute_requires_grad(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh))
+        return lstm_layer_values(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
+    const auto results = LstmLayer::apply(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
+    return {results[0], results[1], results[2], results[3], results[4]};
+}
+
+Three lstm_cell(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih, const Tensor& weight_hh,
+                const Optional& bias_ih, const Optional& bias_hh, bool save) {
+    if (!compute_requires_grad(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh))
+        return lstm_cell_values(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
+    const auto results = LstmCell::apply(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, save);
+    return {results[0], results[1], results[2]};
+}
+
+Tensor dense(const Tensor& x, const Tensor& weight, const Optional& bias) {
+    return compute_requires_grad(x, weight, bias) ? Dense::apply(x, weight, bias) : dense_values(x, weight, bias);
+}
+
+/// Any operator, with results whose gradient is an error, so that it never is silently missing.
+struct WithoutGradient : Function<WithoutGradient> {
+    static variable_list forward(AutogradContext* ctx, at::TensorList, const c10::OperatorHandle& operation,
+                                 torch::jit::Stack* stack, const char* error) {
+        ctx->saved_data["error"] = error;
+        operation.callBoxed(stack);
+        variable_list results;
+        for (c10::IValue& value : torch::jit::pop(*stack, operation.schema().returns().size()))
+            results.push_back(std::move(value).toTensor());
+        return results;
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list&) {
+        throw std::runtime_error(ctx->saved_data["error"].toStringRef());
+    }
+};
+
+template <const char* error>
+void without_gradient(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
+    variable_list arguments;
+    for (const c10::IValue& value : torch::jit::last(*stack, operation.schema().arguments().size()))
+        if (value.isTensor()) arguments.push_back(value.toTensor());
+    const bool track = compute_requires_grad(at::TensorList(arguments));
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    if (!track) return operation.callBoxed(stack);
+    const at::TensorList tracked(arguments);
+    for (Tensor& result : WithoutGradient::apply(tracked, operation, stack, error)) stack->push_back(std::move(result));
+}
+
+constexpr char run_model_error[] =
+    "cellstep::run_model: expected no backward pass through an exported model; got one; train the module that was "
+    "exported";
+constexpr char lstm_variant_error[] =
+    "cellstep::lstm_variant: expected no backward pass through a layer with options; got one; train such a layer in "
+    "Python, where cellstep.ops has its gradient";
+constexpr char activate_error[] =
+    "cellstep::activate: expected no backward pass; got one; use torch's own activations where gradients are wanted";
+constexpr char second_gradient_error[] =
+    "cellstep::autograd: expected one backward pass through an LSTM; got a second one through its gradients; take "
+    "gradients of gradients in Python, where cellstep.ops has them, or leave out create_graph";
+
+std::optional<torch::Library> library;
+
+bool has_gradients(const char* name) {
+    const auto operation = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+    return operation.hasKernelForDispatchKey(c10::DispatchKey::Autograd) ||
+           operation.hasKernelForDispatchKey(c10::DispatchKey::AutogradCPU);
+}
+
+/// Returns the error, empty if there is none: an exception at load would end the process.
+std::string register_gradients() noexcept {
+    try {
+        const std::string version = cellstep_ops_version();
+        if (version != CELLSTEP_VERSION_STRING)
+            return "cellstep::autograd: expected the operators of version " CELLSTEP_VERSION_STRING "; got " + version +
+                   "; load libcellstep_autograd and libcellstep_ops of one build";
+        for (const char* name : {"cellstep::lstm_layer", "cellstep::lstm_cell", "cellstep::dense"})
+            if (has_gradients(name))
+                return std::string("cellstep::autograd: expected ") + name +
+                       " without gradients; got those of Python's cellstep.ops or of another copy of this library; "
+                       "load libcellstep_autograd once, and only where cellstep.ops is not imported";
+        library.emplace(torch::Library::IMPL, "cellstep", c10::DispatchKey::Autograd, __FILE__, __LINE__);
+        library->impl("lstm_layer", TORCH_FN(lstm_layer));
+        library->impl("lstm_cell", TORCH_FN(lstm_cell));
+        library->impl("dense", TORCH_FN(dense));
+        library->impl("activate", torch::CppFunction::makeFromBoxedFunction<without_gradient<activate_error>>());
+        library->impl("lstm_variant",
+                      torch::CppFunction::makeFromBoxedFunction<without_gradient<lstm_variant_error>>());
+        library->impl("run_model", torch::CppFunction::makeFromBoxedFunction<without_gradient<run_model_error>>());
+        for (const char* name : {"lstm_layer_backward", "lstm_cell_backward"})
+            library->impl(name, torch::CppFunction::makeFromBoxedFunction<without_gradient<second_gradient_error>>());
+        return {};
+    } catch (const c10::Error& error) {
+        library.reset();
+        return std::string(
+                   "cellstep::autograd: expected the operators that it was built with; got an error; load "
+                   "libcellstep_autograd and libcellstep_ops of one build: ") +
+               error.what_without_backtrace();
+    }
+}
+
+const std::string registration_error = register_gradients();
+
+int raise_in_python(void*) {
+    const auto set = reinterpret_cast<void (*)(void*, const char*)>(dlsym(RTLD_DEFAULT, "PyErr_SetString"));
+    set(*static_cast<void**>(dlsym(RTLD_DEFAULT, "PyExc_RuntimeError")), registration_error.c_str());
+    return -1;
+}
+
+/// In Python the interpreter raises the error as soon as the load returns; elsewhere it is a warning.
+const bool reported = [] {
+    if (registration_error.empty()) return false;
+    const auto add_call = reinterpret_cast<int (*)(int (*)(void*), void*)>(dlsym(RTLD_DEFAULT, "Py_AddPendingCall"));
+    if (!add_call || add_call(raise_in_python, nullptr) != 0) TORCH_WARN(registration_error);
+    return true;
+}();
+
+}  // namespace
+
+int cellstep_register_autograd(void) { return registration_error.empty(); }
+
+const char* cellstep_autograd_error(void) { return registration_error.empty() ? nullptr : registration_error.c_str(); }

@@ -1,0 +1,118 @@
+/// The matrix product of kernels.h for the instruction set that a file is compiled for.
+#pragma once
+
+#include "core/kernels.h"
+#include "core/simd.h"
+
+namespace cellstep {
+namespace core {
+namespace CELLSTEP_ISA {
+
+/// Loads and stores of a vector whose last lanes may lie past the end of the row.
+template <class V, class T>
+inline V load_part(const T* source, std::size_t count) {
+    if (count >= sizeof(V) / sizeof(T)) return load<V>(source);
+    V value{};
+    for (std::size_t lane = 0; lane < count; ++lane) value[lane] = source[lane];
+    return value;
+}
+
+template <class V, class T>
+inline void store_part(T* target, V value, std::size_t count) {
+    if (count >= sizeof(V) / sizeof(T)) return store(target, value);
+    for (std::size_t lane = 0; lane < count; ++lane) target[lane] = value[lane];
+}
+
+/// A block of Rows by Vectors registers of C stays in registers over the whole depth.
+template <class T, int Rows, int Vectors>
+inline void product_tile(const Product<T>& p, std::size_t row, std::size_t column) {
+    constexpr int lanes = native_lanes<T>;
+    using V = Vector<T, lanes>;
+    const T* a[Rows];
+    T* c[Rows];
+    V sum[Rows][Vectors];
+    for (int r = 0; r < Rows; ++r) {
+        a[r] = p.a + static_cast<std::ptrdiff_t>(row + r) * p.a_row_stride;
+        c[r] = p.c + static_cast<std::ptrdiff_t>(row + r) * p.c_stride + column;
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = load<V>(c[r] + v * lanes);
+    }
+    const T* b = p.b + column;
+    for (std::size_t k = 0; k < p.depth; ++k, b += p.b_stride) {
+        V weight[Vectors];
+        for (int v = 0; v < Vectors; ++v) weight[v] = load<V>(b + v * lanes);
+        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(k) * p.a_depth_stride;
+        for (int r = 0; r < Rows; ++r) {
+            const V value = broadcast<V>(a[r][at]);
+            for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(value, weight[v], sum[r][v]);
+        }
+    }
+    for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < Vectors; ++v) store(c[r] + v * lanes, sum[r][v]);
+}
+
+template <class T, int Vectors>
+inline void product_columns(const Product<T>& p, std::size_t column) {
+    std::size_t row = 0;
+    for (; row + 6 <= p.rows; row += 6) product_tile<T, 6, Vectors>(p, row, column);
+    switch (p.rows - row) {
+        case 5:
+            return product_tile<T, 5, Vectors>(p, row, column);
+        case 4:
+            return product_tile<T, 4, Vectors>(p, row, column);
+        case 3:
+            return product_tile<T, 3, Vectors>(p, row, column);
+        case 2:
+            return product_tile<T, 2, Vectors>(p, row, column);
+        case 1:
+            return product_tile<T, 1, Vectors>(p, row, column);
+        default:
+            return;
+    }
+}
+
+/// The last columns, fewer than a vector: a chunk of B at a time is copied to whole, zero-padded vectors, so that they
+/// take the same tile. C is stored between chunks, which changes no bit of the sums.
+template <class T>
+inline void product_tail(const Product<T>& p, std::size_t column) {
+    constexpr std::size_t lanes = static_cast<std::size_t>(native_lanes<T>);
+    constexpr std::size_t chunk = 64;
+    using V = Vector<T, native_lanes<T>>;
+    const std::size_t count = p.columns - column;
+    T b[chunk * lanes];
+    T c[6 * lanes];
+    for (std::size_t k = 0; k < p.depth; k += chunk) {
+        const std::size_t depth = p.depth - k < chunk ? p.depth - k : chunk;
+        for (std::size_t at = 0; at < depth; ++at)
+            store(b + at * lanes, load_part<V>(p.b + static_cast<std::ptrdiff_t>(k + at) * p.b_stride + column, count));
+        for (std::size_t row = 0; row < p.rows; row += 6) {
+            const std::size_t rows = p.rows - row < 6 ? p.rows - row : 6;
+            T* target = p.c + static_cast<std::ptrdiff_t>(row) * p.c_stride + column;
+            for (std::size_t r = 0; r < rows; ++r)
+                store(c + r * lanes, load_part<V>(target + static_cast<std::ptrdiff_t>(r) * p.c_stride, count));
+            const T* a = p.a + static_cast<std::ptrdiff_t>(row) * p.a_row_stride +
+                         static_cast<std::ptrdiff_t>(k) * p.a_depth_stride;
+            product_columns<T, 1>({rows, lanes, depth, a, p.a_row_stride, p.a_depth_stride, b, lanes, c, lanes}, 0);
+            for (std::size_t r = 0; r < rows; ++r)
+                store_part(target + static_cast<std::ptrdiff_t>(r) * p.c_stride, load<V>(c + r * lanes), count);
+        }
+    }
+}
+
+template <class T>
+inline void product(const Product<T>& p) {
+    constexpr std::size_t lanes = static_cast<std::size_t>(native_lanes<T>);
+    // As many accumulators as the register file holds beside a row of B: 32 registers with AVX-512, else 16.
+    constexpr int block = native_bytes == 64 ? 4 : 2;
+    std::size_t column = 0;
+    if (p.rows == 1) {
+        // One row has only its columns to hide the latency of the multiply-adds behind.
+        for (; column + 8 * lanes <= p.columns; column += 8 * lanes) product_tile<T, 1, 8>(p, 0, column);
+    }
+    for (; column + block * lanes <= p.columns; column += block * lanes) product_columns<T, block>(p, column);
+    for (; column + lanes <= p.columns; column += lanes) product_columns<T, 1>(p, column);
+    if (column < p.columns) product_tail(p, column);
+}
+
+}  // namespace CELLSTEP_ISA
+}  // namespace core
+}  // namespace cellstep

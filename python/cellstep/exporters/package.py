@@ -1,0 +1,167 @@
+"""The ``.pt2`` package: ``torch.export`` and AOTInductor, for a torch without TorchScript; batch and time are dynamic.
+
+A package holds three programs. ``forward``: x (N, T, input_size) -> y, from the initial state. ``run``: x, h, c -> y
+(N, T, output_size), h, c. ``step``: x (N, input_size), h, c -> y (N, output_size), h, c. Each is one call of one
+operator on the packed weights, so that the numbers are those of every other artifact.
+"""
+
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cellstep
+from cellstep.exporters.files import replacing
+from cellstep.exporters.torchscript import PackedChain, packed
+from cellstep.nn import Chain
+
+_KEY = "cellstep"
+_NUMBERS = ["input_size", "output_size", "state_layers", "h_size", "c_size", "window", "horizon"]
+
+
+class _Forward(nn.Module):
+    def __init__(self, chain: PackedChain) -> None:
+        super().__init__()
+        self.chain = chain
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.chain(x)
+        return answer
+
+
+class _Run(_Forward):
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        y, state = self.chain.run(x, (h, c))
+        return y, *state
+
+
+class _Step(_Forward):
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        y, state = self.chain.step(x, (h, c))
+        return y, *state
+
+
+def export_package(model: Chain, path: Path) -> None:
+    """Compile a float32 or float64 model; this calls the C++ compiler of the machine. ValueError for another dtype."""
+    from torch._inductor import aot_compile
+    from torch._inductor.package import package_aoti
+
+    chain = packed(model)
+    batch, time = torch.export.Dim("batch", min=1), torch.export.Dim("time", min=1)
+    h, c = (part.expand(-1, 2, -1).contiguous() for part in (chain.initial_h, chain.initial_c))
+    windows = h.new_zeros(2, 3, model.input_size)
+    rows = {1: batch}
+    programs = {
+        "forward": (_Forward(chain), (windows,), ({0: batch, 1: time},)),
+        "run": (_Run(chain), (windows, h, c), ({0: batch, 1: time}, rows, rows)),
+        "step": (_Step(chain), (windows[:, 0], h, c), ({0: batch}, rows, rows)),
+    }
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.metadata": _metadata(model, chain),
+        # The compiled code only calls the operator: optimising it costs compile time and wins nothing.
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+    }
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+        files: dict[str, Any] = {}
+        for name, (module, arguments, dynamic) in programs.items():
+            program = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
+            kept = options | {"aot_inductor.output_path": os.path.join(directory, name)}
+            files[name] = aot_compile(program.module(), arguments, options=kept)
+        with replacing(path) as temporary:
+            package_aoti(os.fspath(temporary), files)
+
+
+def _metadata(model: Chain, chain: PackedChain) -> dict[str, str]:
+    numbers = {name: str(getattr(model, name)) for name in _NUMBERS}
+    state = {
+        name: " ".join(repr(v) for v in getattr(chain, name).flatten().tolist()) for name in ("initial_h", "initial_c")
+    }
+    return {
+        **numbers,
+        **state,
+        "answers": model.answers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "feature_names": json.dumps(model.feature_names),
+        "output_names": json.dumps(model.output_names),
+        _KEY: cellstep.__version__,
+    }
+
+
+class Package:
+    """A loaded package. Attributes are those of the chain; programs are loaded at their first call."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._programs: dict[str, Any] = {}
+        metadata = self._program("forward").loader.get_metadata()
+        if _KEY not in metadata:
+            raise ValueError(f"expected a package that cellstep exported; '{path}' is another; export it again")
+        self.input_size = int(metadata["input_size"])
+        self.output_size = int(metadata["output_size"])
+        self.state_layers = int(metadata["state_layers"])
+        self.h_size = int(metadata["h_size"])
+        self.c_size = int(metadata["c_size"])
+        self.window = int(metadata["window"])
+        self.horizon = int(metadata["horizon"])
+        self.answers = metadata["answers"]
+        self.feature_names: list[str] = json.loads(metadata["feature_names"])
+        self.output_names: list[str] = json.loads(metadata["output_names"])
+        self.dtype: torch.dtype = getattr(torch, metadata["dtype"])
+        self._initial = [
+            torch.tensor([float(value) for value in metadata[f"initial_{part}"].split()], dtype=self.dtype)
+            for part in ("h", "c")
+        ]
+
+    def initial_state(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The state of ``batch_size`` fresh streams."""
+        h, c = (part.view(self.state_layers, 1, -1).repeat(1, batch_size, 1) for part in self._initial)
+        return h, c
+
+    def run(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As :meth:`cellstep.nn.Chain.run`."""
+        y, h, c = self._program("run")(x, *state)
+        return y, (h, c)
+
+    def answer(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As :meth:`cellstep.nn.Chain.answer`. ValueError: the model answers from its last hidden state."""
+        if self.answers == "hidden":
+            raise ValueError(f"'{self._path}' answers from the last hidden state, and only windows that begin anew")
+        y, state = self.run(x, state)
+        return (y if self.answers == "every" else y[:, -1]), state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As :meth:`cellstep.nn.Chain.forward`."""
+        y: Tensor = self._program("forward")(x)
+        return y
+
+    def _program(self, name: str) -> Any:
+        from torch._inductor.package import load_package as load_program
+
+        if name not in self._programs:
+            self._programs[name] = load_program(self._path, name)
+        return self._programs[name]
+
+
+def load_package(path: str | os.PathLike[str]) -> Package:
+    """Load what :func:`export_package` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no package, or not one that cellstep exported.
+    """
+    name = os.fspath(path)
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"expected a package at '{name}'; there is none; check the path")
+    if not zipfile.is_zipfile(name):
+        raise ValueError(f"expected a .pt2 package; '{name}' is none or is damaged; export it again")
+    try:
+        return Package(name)
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"expected a .pt2 package; '{name}' is none or is damaged: {reason}") from None

@@ -1,0 +1,416 @@
+"""Whole models: scaling, layers, heads, in the user's own units."""
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, Optional
+
+import torch
+from torch import Tensor, nn
+
+from cellstep.formula import ACTIVATIONS, activate
+from cellstep.nn.dispatch import USE_OPS, has_kernel
+from cellstep.nn.lstm import LSTM
+
+#: What the heads of a chain see.
+ANSWERS = ["every", "last", "hidden"]
+
+
+class Dense(nn.Linear):
+    """A linear layer and an activation: (..., in_features) -> (..., out_features).
+
+    Args:
+        activation: "linear", "relu", "sigmoid", "tanh", "softmax" (over the outputs), "hard_sigmoid", "hardsigmoid".
+    """
+
+    use_ops: Final[bool]
+    _activation: Final[int]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: str = "linear",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"expected an activation of {', '.join(ACTIVATIONS)}; got {activation!r}; choose one")
+        self.activation = activation
+        self._activation = ACTIVATIONS.index(activation)
+        self.use_ops = USE_OPS
+
+    @torch.jit.unused
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.use_ops and has_kernel(input):
+            y: Tensor = torch.ops.cellstep.dense(input, self.weight, self.bias)
+            if self._activation > 0:
+                y = torch.ops.cellstep.activate(y, self._activation)
+            return y
+        return activate(nn.functional.linear(input, self.weight, self.bias), self._activation)
+
+
+class _Scaling:
+    """Offsets and scales of some columns, given as tensors, or as a count and filled later by set_scaling."""
+
+    def __init__(self, size: "int | Tensor | Sequence[float]", scale: "Tensor | Sequence[float] | None" = None) -> None:
+        if isinstance(size, int):
+            self.offset, self.scale = torch.zeros(size), torch.ones(size)
+        else:
+            self.offset = torch.as_tensor(size)
+            self.scale = torch.ones_like(self.offset) if scale is None else torch.as_tensor(scale)
+        if self.offset.dim() != 1 or self.offset.shape != self.scale.shape:
+            raise ValueError(
+                f"expected an offset and a scale a column; got shapes {tuple(self.offset.shape)} and "
+                f"{tuple(self.scale.shape)}; give two vectors of one length"
+            )
+
+    def __len__(self) -> int:
+        return self.offset.numel()
+
+
+class Scale(_Scaling):
+    """First stage of a chain: x -> (x - offset) * scale. ``Scale(size)`` or ``Scale(offset, scale)``."""
+
+
+class Unscale(_Scaling):
+    """Late stage of a chain: y -> y * scale + offset. ``Unscale(size)`` or ``Unscale(offset, scale)``."""
+
+
+class Skip:
+    """Last stage of a chain: adds columns of what the chain was given to what it answers, one for each output."""
+
+    def __init__(self, columns: Sequence[int]) -> None:
+        self.columns = [int(column) for column in columns]
+
+
+class Chain(nn.Module):
+    """A model in one line: ``Chain(Scale(2), LSTM(2, 8), LSTM(8, 16, peephole=True), Dense(16, 1, "tanh"))``.
+
+    Stages in this order, all but the LSTMs optional: :class:`Scale`, any :class:`Dense`, any :class:`LSTM`, any
+    :class:`Dense`, :class:`Unscale`, :class:`Skip`. The layers see ``(x - input_offset) * input_scale``; the answer is
+    ``heads * output_scale + output_offset``, plus the skipped columns of x as it came. :meth:`set_scaling` fills the
+    four buffers from means and standard deviations. A chain is batch first, whatever its LSTMs are.
+
+    The state is (h, c). Where all LSTM layers have the same sizes it is shaped as torch shapes it, (layers and
+    directions, N, size); otherwise the values of all layers lie side by side, (1, N, sum of the sizes).
+
+    ``feature_names``, ``output_names``, ``window`` and ``horizon`` say what the columns are and what the model was
+    trained for; they travel with every artifact and change no number.
+
+    Args:
+        answers: what the heads see and :meth:`forward` answers from: "last", the output of the last step; "hidden",
+            the last hidden state, forward and backward side by side; "every", the output of every step.
+
+    Raises:
+        ValueError: stages are out of order or their sizes do not fit.
+    """
+
+    input_size: Final[int]
+    output_size: Final[int]
+    state_layers: Final[int]
+    h_size: Final[int]
+    c_size: Final[int]
+    answers: Final[str]
+    skip_columns: Final[list[int]]
+    feature_names: list[str]
+    output_names: list[str]
+    window: int
+    horizon: int
+    input_offset: Tensor
+    input_scale: Tensor
+    output_offset: Tensor
+    output_scale: Tensor
+    _uniform: Final[bool]
+    if TYPE_CHECKING:  # TorchScript has no type for these
+        encoder: Sequence[Dense]
+        lstms: Sequence[LSTM]
+        heads: Sequence[Dense]
+
+    def __init__(self, *stages: "Scale | Dense | LSTM | Unscale | Skip", answers: str = "last") -> None:
+        super().__init__()
+        if answers not in ANSWERS:
+            raise ValueError(f"expected answers of {', '.join(ANSWERS)}; got {answers!r}; choose one")
+        rest = list(stages)
+
+        def take(kind: type) -> list[Any]:
+            taken = []
+            while rest and isinstance(rest[0], kind):
+                taken.append(rest.pop(0))
+            return taken
+
+        scale, encoder, lstms, heads = take(Scale), take(Dense), take(LSTM), take(Dense)
+        unscale, skip = take(Unscale), take(Skip)
+        if rest or not lstms or max(len(scale), len(unscale), len(skip)) > 1:
+            kinds = ", ".join(type(stage).__name__ for stage in stages)
+            raise ValueError(
+                "expected Scale, Dense..., LSTM..., Dense..., Unscale, Skip, in this order and with at least one LSTM; "
+                f"got {kinds or 'nothing'}; reorder the stages"
+            )
+        first = encoder[0].in_features if encoder else lstms[0].input_size
+        width = first
+        for stage in (*scale, *encoder, *lstms, *heads, *unscale):
+            needed, gives = _widths(stage)
+            if needed != width:
+                raise ValueError(
+                    f"expected stages that fit each other; got {width} values for {type(stage).__name__}, which takes "
+                    f"{needed}; change one of the sizes"
+                )
+            width = gives
+        for lstm in lstms:
+            if lstm.return_cell_states:
+                raise ValueError("expected LSTMs with return_cell_states=False; got one with it; leave it out")
+        self.input_size = first
+        self.output_size = width
+        self.answers = answers
+        self.skip_columns = skip[0].columns if skip else []
+        if skip and (len(self.skip_columns) != width or not all(0 <= k < first for k in self.skip_columns)):
+            raise ValueError(
+                f"expected Skip with {width} columns, one an output, of the {first} inputs; got {self.skip_columns}; "
+                "name as many columns as there are outputs"
+            )
+        self.encoder = nn.ModuleList(encoder)  # type: ignore[assignment]
+        self.lstms = nn.ModuleList(lstms)  # type: ignore[assignment]
+        self.heads = nn.ModuleList(heads)  # type: ignore[assignment]
+
+        sizes = [(lstm.proj_size or lstm.hidden_size, lstm.hidden_size) for lstm in lstms]
+        counts = [lstm.num_layers * (2 if lstm.bidirectional else 1) for lstm in lstms]
+        self._uniform = len(set(sizes)) == 1
+        self.state_layers = sum(counts) if self._uniform else 1
+        self.h_size, self.c_size = (
+            sizes[0]
+            if self._uniform
+            else (sum(n * h for n, (h, _) in zip(counts, sizes)), sum(n * c for n, (_, c) in zip(counts, sizes)))  # noqa: B905
+        )
+        like = lstms[0].weight_ih_l0.detach()
+        for side, given in (("input", scale or [_Scaling(first)]), ("output", unscale or [_Scaling(width)])):
+            for kind in ("offset", "scale"):
+                self.register_buffer(f"{side}_{kind}", getattr(given[0], kind).to(like.device, like.dtype, copy=True))
+        self.feature_names = []
+        self.output_names = []
+        self.window = 0
+        self.horizon = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.input_offset.dtype
+
+    __jit_unused_properties__ = ["dtype", "head", "hidden_size", "lstm", "num_layers"]  # noqa: RUF012
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def set_scaling(self, input_mean: Tensor, input_std: Tensor, output_mean: Tensor, output_std: Tensor) -> None:
+        """Scale inputs to mean 0 and deviation 1, and outputs back from there.
+
+        Args:
+            input_mean, input_std: (input_size), in the units of the input; a deviation of 0 leaves its column at 0.
+            output_mean, output_std: (output_size), in the units of the output.
+        """
+        self.input_offset.copy_(input_mean)
+        self.input_scale.copy_(torch.where(input_std > 0, 1 / input_std, torch.zeros_like(input_std)))
+        self.output_offset.copy_(output_mean)
+        self.output_scale.copy_(output_std)
+
+    @torch.jit.unused
+    def reference(self) -> "Chain":
+        """A copy for inference that runs on torch's own operators alone, whose kernels are not ours."""
+        twin = copy.deepcopy(self).eval()
+        for module in twin.modules():
+            if isinstance(module, (LSTM, Dense)):
+                module.use_ops = False  # type: ignore[misc]
+        return twin
+
+    def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
+        """Answer whole windows: (N, T, input_size) -> (N, output_size), or (N, T, output_size) for every step.
+
+        Without a batch, (T, input_size), the answer has none either. ``lengths`` (N): the steps of each row, 0 allowed;
+        every step's answers past them are zero.
+        """
+        windows = x if x.dim() == 3 else x.unsqueeze(0)
+        y, _ = self.answer(windows, self.initial_state(windows.size(0)), lengths)
+        return y if x.dim() == 3 else y.squeeze(0)
+
+    @torch.jit.export
+    def answer(
+        self, x: Tensor, state: tuple[Tensor, Tensor], lengths: Optional[Tensor] = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """:meth:`forward` from a state on, with the state behind it."""
+        return self._answer(x, state[0], state[1], lengths, None, self.answers)
+
+    @torch.jit.export
+    def run(
+        self, x: Tensor, state: tuple[Tensor, Tensor], reset: Optional[Tensor] = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Carry a stream over several steps: (N, T, input_size) and a state give (N, T, output_size) and a state.
+
+        ``reset`` (N, T) bool: rows whose state is put to the initial one before the step.
+        """
+        return self._answer(x, state[0], state[1], None, reset, "every")
+
+    @torch.jit.export
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Carry a stream over one step: (N, input_size) and a state give (N, output_size) and a state."""
+        y, state = self.run(x.unsqueeze(-2), state, None)
+        return y.squeeze(-2), state
+
+    @torch.jit.export
+    def initial_state(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The state (h, c) of ``batch_size`` fresh streams: zero, or learned."""
+        h: list[Tensor] = []
+        c: list[Tensor] = []
+        for lstm in self.lstms:
+            state = lstm.initial_state(batch_size)
+            h.append(state[0])
+            c.append(state[1])
+        return self._join(h), self._join(c)
+
+    @torch.jit.export
+    def reset(self, state: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The state with the rows of ``mask`` (N, bool) put to the initial one."""
+        h, c = self.initial_state(mask.size(0))
+        rows = mask.unsqueeze(0).unsqueeze(2)
+        return torch.where(rows, h, state[0]), torch.where(rows, c, state[1])
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        if self._uniform:
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 0)
+        return torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1).unsqueeze(0)
+
+    def _answer(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        lengths: Optional[Tensor],
+        reset: Optional[Tensor],
+        answers: str,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        y = (x - self.input_offset) * self.input_scale
+        for dense in self.encoder:
+            y = dense(y)
+        all_h: list[Tensor] = []
+        all_c: list[Tensor] = []
+        at = [0, 0]
+        final = y
+        for lstm in self.lstms:
+            rows = lstm.num_layers * (2 if lstm.bidirectional else 1)
+            h_size = lstm.proj_size if lstm.proj_size > 0 else lstm.hidden_size
+            h_rows = 1 if self._uniform else h_size
+            c_rows = 1 if self._uniform else lstm.hidden_size
+            h_part = h.narrow(0 if self._uniform else 2, at[0], rows * h_rows)
+            c_part = c.narrow(0 if self._uniform else 2, at[1], rows * c_rows)
+            at[0] += rows * h_rows
+            at[1] += rows * c_rows
+            if not self._uniform:
+                h_part = h_part.squeeze(0).unflatten(1, [rows, h_size]).transpose(0, 1)
+                c_part = c_part.squeeze(0).unflatten(1, [rows, lstm.hidden_size]).transpose(0, 1)
+            batch_first = lstm.batch_first
+            marks = reset
+            if marks is not None and not batch_first:
+                marks = marks.transpose(0, 1)
+            y, state = lstm(y if batch_first else y.transpose(0, 1), (h_part, c_part), lengths, marks)
+            if not batch_first:
+                y = y.transpose(0, 1)
+            all_h.append(state[0])
+            all_c.append(state[1])
+            final = state[0][-1] if not lstm.bidirectional else torch.cat([state[0][-2], state[0][-1]], 1)
+
+        skipped = x
+        if answers == "last":
+            if lengths is None:
+                y = y.select(1, y.size(1) - 1)
+                skipped = x.select(1, x.size(1) - 1)
+            else:
+                last = (lengths.to(x.device) - 1).clamp(min=0).unsqueeze(1).unsqueeze(2)
+                y = y.gather(1, last.expand(-1, -1, y.size(2))).squeeze(1)
+                skipped = x.gather(1, last.expand(-1, -1, x.size(2))).squeeze(1)
+        elif answers == "hidden":
+            y = final
+            if lengths is None:
+                skipped = x.select(1, x.size(1) - 1)
+            else:
+                last = (lengths.to(x.device) - 1).clamp(min=0).unsqueeze(1).unsqueeze(2)
+                skipped = x.gather(1, last.expand(-1, -1, x.size(2))).squeeze(1)
+        for dense in self.heads:
+            y = dense(y)
+        y = y * self.output_scale + self.output_offset
+        if len(self.skip_columns) > 0:
+            y = y + torch.stack([skipped.select(-1, column) for column in self.skip_columns], -1)
+        if answers == "every" and lengths is not None:
+            steps = torch.arange(x.size(1), device=x.device).unsqueeze(0)
+            y = y.masked_fill((steps >= lengths.to(x.device).unsqueeze(1)).unsqueeze(2), 0.0)
+        return y, (self._join(all_h), self._join(all_c))
+
+
+def _widths(stage: "Scale | Dense | LSTM | Unscale") -> tuple[int, int]:
+    """Values a step that a stage takes and gives."""
+    if isinstance(stage, LSTM):
+        return stage.input_size, (stage.proj_size or stage.hidden_size) * (2 if stage.bidirectional else 1)
+    if isinstance(stage, Dense):
+        return stage.in_features, stage.out_features
+    return len(stage), len(stage)
+
+
+class Forecaster(Chain):
+    """An LSTM stack and a linear head on the last hidden state, in the user's own units: the commonest chain.
+
+    Args:
+        input_size: features of a step.
+        hidden_size: units of each layer.
+        num_layers: layers of the stack.
+        output_size: values forecast.
+        dropout: between layers, while training.
+        init_range: if given, all parameters start uniform in ±init_range; else as torch starts them.
+        options: any other of :class:`LSTM`'s.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        output_size: int = 1,
+        *,
+        dropout: float = 0.0,
+        init_range: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: object,
+    ) -> None:
+        lstm = LSTM(
+            input_size,
+            hidden_size,
+            num_layers,
+            batch_first=True,
+            dropout=dropout,
+            device=device,
+            dtype=dtype,
+            **options,  # type: ignore[arg-type]
+        )
+        _, width = _widths(lstm)
+        super().__init__(lstm, Dense(width, output_size, device=device, dtype=dtype))
+        if init_range is not None:
+            for parameter in self.parameters():
+                nn.init.uniform_(parameter, -init_range, init_range)
+
+    @property
+    def lstm(self) -> LSTM:
+        """The stack."""
+        return self.lstms[0]
+
+    @property
+    def head(self) -> Dense:
+        """The linear layer on it."""
+        return self.heads[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.lstm.num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.lstm.hidden_size

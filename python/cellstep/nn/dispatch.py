@@ -1,0 +1,33 @@
+"""Which of two roads a call takes: cellstep's operators or torch's own."""
+
+import os
+
+import torch
+from torch import Tensor
+
+USE_OPS: bool = os.environ.get("CELLSTEP_DISABLE_OPS", "0") != "1"
+if USE_OPS:
+    import cellstep.ops  # noqa: F401  (registers torch.ops.cellstep)
+
+
+def transforms_active() -> bool:
+    """Inside ``vmap``, ``grad``, ``jvp`` or forward-mode AD, whose rules torch's own operators have and ours not."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def autocasting(x: Tensor) -> bool:
+    """Autocast casts the arguments of torch's operators alone."""
+    if torch.jit.is_scripting():
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether cellstep's operators can run on ``x`` here."""
+    if x.device.type != "cpu" or (x.dtype != torch.float32 and x.dtype != torch.float64):
+        return False
+    if torch.jit.is_scripting():
+        return True
+    return not autocasting(x) and not transforms_active()

@@ -1,0 +1,701 @@
+"""The LSTM stack."""
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Final, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from cellstep.formula import ACTIVATIONS, lstm_steps
+from cellstep.nn.cell import check_size
+from cellstep.nn.dispatch import USE_OPS, autocasting, has_kernel, transforms_active
+
+_LAYER_ACTIVATIONS = ACTIVATIONS[:-1]  # softmax is for heads
+_SIGMOID, _TANH = 2, 3
+
+
+class LSTM(nn.Module):
+    """A stack of LSTM layers over whole sequences; a drop-in for :class:`torch.nn.LSTM`.
+
+    ``lstm(input, (h_0, c_0)) -> (output, (h_n, c_n))`` with ``input`` (T, N, input_size), or (N, T, input_size) if
+    ``batch_first``, or (T, input_size) without a batch, or a ``PackedSequence``. With D directions and R =
+    ``proj_size`` or ``hidden_size``: ``output`` (T, N, D R), ``h`` (D num_layers, N, R), ``c`` (D num_layers, N,
+    hidden_size); a missing state is zero or learned. Parameters are named as torch names them, rows in gate order i,
+    f, g, o. :func:`cellstep.formula.lstm_steps` is the formula of a step.
+
+    On cellstep's operators no bit of the output hangs on how a sequence is cut into calls or on which other rows
+    are in the batch.
+
+    Beyond torch's arguments, and in every artifact:
+
+    Args:
+        peephole: i and f see the c before the step, o the one after (``weight_peephole``, rows i, f, o).
+        layer_norm: of W_ih x, W_hh h and c (``norm_ih``, ``norm_hh``, ``norm_c``, ``norm_c_bias``); the gates' shifts
+            are the biases.
+        coupled: f = 1 - i; parameters have rows i, g, o alone.
+        residual: every layer after the first adds its input to its output.
+        gate_activation, activation, output_activation: of i, f, o; of g; of c on its way to h, by default as of g.
+            "sigmoid", "tanh", "relu", "linear", "hard_sigmoid" (0.2 x + 0.5 cut to 0..1: Keras 2, ONNX) or
+            "hardsigmoid" (relu6(x + 3) / 6: torch, Keras 3).
+        cell_clip: c is cut to ±cell_clip in every step.
+        zoneout: share of units that keep their old value in a step, or a pair (of h, of c); its expectation in eval.
+        learn_initial_state: ``initial_h``, ``initial_c`` are parameters, used where no state is given.
+        return_cell_states: the answer is (output, (h_n, c_n), cells), cells (T, N, D hidden_size) of the last layer.
+
+    in training alone:
+
+    Args:
+        recurrent_dropout, recurrent_dropout_on: dropout with one mask a sequence, on the "hidden" values that come
+            back (Gal and Ghahramani 2016) or on the "candidate" g (Semeniuta et al. 2016).
+        weight_drop: dropout on ``weight_hh`` (DropConnect, Merity et al. 2018).
+        forget_bias: initial value of the forget gate's bias (ValueError without ``bias``).
+        memory_efficient: the forward pass keeps no gates, and the backward pass computes them again: with 128 units,
+            16 rows and 1,000 steps a layer keeps 16 MB where it otherwise keeps 57 MB.
+
+    The backward pass of plain layers, in one direction or two, is a kernel; with ``proj_size`` or any option that
+    changes the formula it runs on torch's own operators, step by step.
+
+    Raises:
+        ValueError: the input has a wrong number of dimensions or another dtype than the parameters.
+        RuntimeError: a size does not fit, or the sequence is empty.
+    """
+
+    input_size: Final[int]
+    hidden_size: Final[int]
+    num_layers: Final[int]
+    bias: Final[bool]
+    batch_first: Final[bool]
+    dropout: Final[float]
+    bidirectional: Final[bool]
+    proj_size: Final[int]
+    peephole: Final[bool]
+    layer_norm: Final[bool]
+    coupled: Final[bool]
+    residual: Final[bool]
+    cell_clip: Final[float]
+    zoneout_h: Final[float]
+    zoneout_c: Final[float]
+    recurrent_dropout: Final[float]
+    recurrent_dropout_on: Final[str]
+    weight_drop: Final[float]
+    learn_initial_state: Final[bool]
+    return_cell_states: Final[bool]
+    memory_efficient: Final[bool]
+    use_ops: Final[bool]
+    _activations: Final[list[int]]
+    _plain: Final[bool]
+    _names: list[str]
+    _flat_weights: list[Tensor]
+    _initial: list[Tensor]
+    if TYPE_CHECKING:  # there if learned
+        initial_h: Tensor
+        initial_c: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        peephole: bool = False,
+        layer_norm: bool = False,
+        coupled: bool = False,
+        residual: bool = False,
+        gate_activation: str = "sigmoid",
+        activation: str = "tanh",
+        output_activation: str | None = None,
+        cell_clip: float | None = None,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_on: str = "hidden",
+        weight_drop: float = 0.0,
+        forget_bias: float | None = None,
+        learn_initial_state: bool = False,
+        return_cell_states: bool = False,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__()
+        check_size("input_size", input_size)
+        check_size("hidden_size", hidden_size)
+        check_size("num_layers", num_layers)
+        if proj_size < 0:
+            raise ValueError("proj_size should be a positive integer or zero to disable projections")
+        if proj_size >= hidden_size:
+            raise ValueError("proj_size has to be smaller than hidden_size")
+        zoneout_h, zoneout_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
+        for name, share in (
+            ("dropout", dropout),
+            ("zoneout", zoneout_h),
+            ("zoneout", zoneout_c),
+            ("recurrent_dropout", recurrent_dropout),
+            ("weight_drop", weight_drop),
+        ):
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise ValueError(f"{name} should be a number in range [0, 1], got {share}")
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
+                f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
+                stacklevel=2,
+            )
+        if forget_bias is not None and not bias:
+            raise ValueError(f"forget_bias should be None without bias, got {forget_bias}")
+        if recurrent_dropout_on not in ("hidden", "candidate"):
+            raise ValueError(f'recurrent_dropout_on should be "hidden" or "candidate", got {recurrent_dropout_on!r}')
+        if cell_clip is not None and not cell_clip >= 0:
+            raise ValueError(f"cell_clip should be positive, or 0 or None for no clipping, got {cell_clip}")
+        output_activation = activation if output_activation is None else output_activation
+        for name in (gate_activation, activation, output_activation):
+            if name not in _LAYER_ACTIVATIONS:
+                raise ValueError(f"an activation should be one of {', '.join(_LAYER_ACTIVATIONS)}, got {name!r}")
+
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        self.peephole = peephole
+        self.layer_norm = layer_norm
+        self.coupled = coupled
+        self.residual = residual
+        self.gate_activation = gate_activation
+        self.activation = activation
+        self.output_activation = output_activation
+        self.cell_clip = float(cell_clip or 0.0)
+        self.zoneout_h = float(zoneout_h)
+        self.zoneout_c = float(zoneout_c)
+        self.recurrent_dropout = float(recurrent_dropout)
+        self.recurrent_dropout_on = recurrent_dropout_on
+        self.weight_drop = float(weight_drop)
+        self.forget_bias = forget_bias
+        self.learn_initial_state = learn_initial_state
+        self.return_cell_states = return_cell_states
+        self.memory_efficient = memory_efficient
+        self.use_ops = USE_OPS
+        codes = [_LAYER_ACTIVATIONS.index(name) for name in (gate_activation, activation, output_activation)]
+        self._activations = codes
+        self._plain = not (peephole or layer_norm or coupled or self.cell_clip) and codes == [_SIGMOID, _TANH, _TANH]
+
+        layer_shapes = [self._shapes(layer) for layer in range(num_layers)]
+        self._names = list(layer_shapes[0])
+        for layer, shapes in enumerate(layer_shapes):
+            for suffix in self._suffixes(layer):
+                for name, shape in shapes.items():
+                    parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    self.register_parameter(name + suffix, parameter)
+        if learn_initial_state:
+            rows = len(self._suffixes(0)) * num_layers
+            for name, size in (("initial_h", proj_size or hidden_size), ("initial_c", hidden_size)):
+                self.register_parameter(name, nn.Parameter(torch.empty(rows, size, device=device, dtype=dtype)))
+        self._flat_weights = []
+        self._initial = []
+        self.reset_parameters()
+
+    @torch.jit.unused
+    def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Parameters of a layer, in torch's order and then cellstep's own."""
+        hidden, out = self.hidden_size, self.proj_size or self.hidden_size
+        rows = (3 if self.coupled else 4) * hidden
+        inputs = self.input_size if layer == 0 else out * (2 if self.bidirectional else 1)
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, inputs), "weight_hh": (rows, out)}
+        if self.bias:
+            shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+        if self.proj_size:
+            shapes["weight_hr"] = (self.proj_size, hidden)
+        if self.peephole:
+            shapes["weight_peephole"] = (rows - hidden,)
+        if self.layer_norm:
+            shapes |= {"norm_ih": (rows,), "norm_hh": (rows,), "norm_c": (hidden,), "norm_c_bias": (hidden,)}
+        return shapes
+
+    @torch.jit.unused
+    def _suffixes(self, layer: int) -> list[str]:
+        return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]
+
+    @torch.jit.unused
+    def layer_parameters(self, layer: int, reverse: bool = False) -> dict[str, Tensor]:
+        """The parameters of one layer in one direction, by name without suffix."""
+        suffix = self._suffixes(layer)[int(reverse)]
+        return {name: getattr(self, name + suffix) for name in self._names}
+
+    def __prepare_scriptable__(self) -> "LSTM":
+        # TorchScript cannot look a parameter up by a computed name, so scripted code reads these lists.
+        # torch.jit.script calls this hook first; the lists hold the parameters themselves, so that moves and updates
+        # show in both.
+        self._flat_weights = self._named_weights()
+        self._initial = self._named_initial()
+        return self
+
+    @torch.jit.unused
+    def _named_weights(self) -> list[Tensor]:
+        return [
+            getattr(self, name + suffix)
+            for layer in range(self.num_layers)
+            for suffix in self._suffixes(layer)
+            for name in self._names
+        ]
+
+    @torch.jit.unused
+    def _named_initial(self) -> list[Tensor]:
+        return [self.initial_h, self.initial_c] if self.learn_initial_state else []
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every parameter uniformly from ±1/sqrt(hidden_size), as torch does.
+
+        Gains of layer normalisation start at 1, its shift of c and learned initial states at 0, the forget gate's bias
+        at ``forget_bias`` if that is given.
+        """
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm_c_bias") or name.startswith("initial_"):
+                nn.init.zeros_(parameter)
+            elif name.startswith("norm_"):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+        if self.forget_bias is not None:
+            # Coupled gates have i = 1 - f, and 1 - sigmoid(b) = sigmoid(-b).
+            first, value = (0, -self.forget_bias) if self.coupled else (self.hidden_size, self.forget_bias)
+            for name, parameter in self.named_parameters():
+                if name.startswith("bias_"):
+                    parameter[first : first + self.hidden_size] = value if name.startswith("bias_ih") else 0.0
+
+    @torch.jit.unused
+    def flatten_parameters(self) -> None:
+        """Does nothing: the weights need no flat buffer. Kept so that callers of torch.nn.LSTM need no change."""
+
+    @torch.jit.unused
+    def configuration(self) -> dict[str, object]:
+        """The arguments that make this module again, those at their defaults left out."""
+        defaults = {
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0.0,
+            "bidirectional": False,
+            "proj_size": 0,
+            "peephole": False,
+            "layer_norm": False,
+            "coupled": False,
+            "residual": False,
+            "gate_activation": "sigmoid",
+            "activation": "tanh",
+            "output_activation": self.activation,
+            "cell_clip": 0.0,
+            "recurrent_dropout": 0.0,
+            "recurrent_dropout_on": "hidden",
+            "weight_drop": 0.0,
+            "forget_bias": None,
+            "learn_initial_state": False,
+            "return_cell_states": False,
+            "memory_efficient": False,
+        }
+        given = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+        if self.zoneout_h or self.zoneout_c:
+            given["zoneout"] = (self.zoneout_h, self.zoneout_c)
+        return {"input_size": self.input_size, "hidden_size": self.hidden_size, **given}
+
+    @torch.jit.unused
+    def extra_repr(self) -> str:
+        options = self.configuration()
+        sizes = f"{options.pop('input_size')}, {options.pop('hidden_size')}"
+        return ", ".join([sizes, *(f"{name}={value}" for name, value in options.items())])
+
+    def initial_state(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The state (h, c) where none is given: zero, or the learned one."""
+        if self.learn_initial_state:
+            h, c = self._initial_pair()
+            return h.unsqueeze(1).expand(-1, batch_size, -1), c.unsqueeze(1).expand(-1, batch_size, -1)
+        weight = self._weights()[0]
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        h = weight.new_zeros([rows, batch_size, self.proj_size if self.proj_size > 0 else self.hidden_size])
+        return h, weight.new_zeros([rows, batch_size, self.hidden_size])
+
+    def _initial_pair(self) -> tuple[Tensor, Tensor]:
+        if torch.jit.is_scripting():
+            return self._initial[0], self._initial[1]
+        h, c = self._named_initial()
+        return h, c
+
+    def _weights(self) -> list[Tensor]:
+        if torch.jit.is_scripting():
+            return self._flat_weights
+        return self._named_weights()
+
+    def _check(
+        self, x: Tensor, h: Tensor, c: Tensor, weight: Tensor, lengths: Optional[Tensor], reset: Optional[Tensor]
+    ) -> None:
+        """``x`` is (T, N, input_size)."""
+        if not torch.jit.is_scripting():  # TorchScript cannot ask about autocast; there the operators compare
+            if x.dtype != weight.dtype and not autocasting(x):
+                raise ValueError(
+                    f"LSTM: Expected input of the weights' dtype {weight.dtype}, got {x.dtype}; convert the input "
+                    f"with input.to({weight.dtype}) or the module with module.to({x.dtype})"
+                )
+        if x.size(2) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(2)}"
+            )
+        if x.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        shape = torch.Size([rows, x.size(1), self.proj_size if self.proj_size > 0 else self.hidden_size])
+        if h.shape != shape:
+            raise RuntimeError(f"Expected hidden[0] size {shape}, got {h.shape}")
+        shape = torch.Size([rows, x.size(1), self.hidden_size])
+        if c.shape != shape:
+            raise RuntimeError(f"Expected hidden[1] size {shape}, got {c.shape}")
+        if lengths is not None:
+            if lengths.dim() != 1 or lengths.size(0) != x.size(1):
+                raise ValueError(f"LSTM: Expected lengths of shape ({x.size(1)},), got {lengths.shape}")
+            if not torch.jit.is_scripting():
+                if not torch.compiler.is_compiling() and not transforms_active() and lengths.numel() > 0:
+                    least, most = int(lengths.min()), int(lengths.max())
+                    if least < 0 or most > x.size(0):
+                        raise ValueError(
+                            f"LSTM: Expected lengths from 0 to the {x.size(0)} steps of the input, "
+                            f"got {least} to {most}"
+                        )
+        if reset is not None and (reset.dim() != 2 or reset.size(0) != x.size(0) or reset.size(1) != x.size(1)):
+            raise ValueError(f"LSTM: Expected reset of one flag a step and row, got {reset.shape}")
+
+    # TorchScript needs no return annotation here, and there is none that names the three kinds of answers.
+    def forward(  # type: ignore[no-untyped-def]
+        self,
+        input: Tensor,
+        hx: Optional[tuple[Tensor, Tensor]] = None,
+        lengths: Optional[Tensor] = None,
+        reset: Optional[Tensor] = None,
+    ):
+        """Run over whole sequences.
+
+        Args:
+            input, hx: see the class.
+            lengths: (N) integers, the steps of each row, 0 allowed: what lies past them is not read, the output there
+                is zero, and the state is the one behind the row's own last step.
+            reset: (T, N) bool, or (N, T) if ``batch_first``: rows whose state is put to the initial one before the
+                step.
+        """
+        if not torch.jit.is_scripting():
+            if isinstance(input, PackedSequence):
+                return self._forward_packed(input, hx, reset)
+            if lengths is not None and not isinstance(lengths, Tensor):
+                lengths = torch.as_tensor(lengths, device=input.device)
+        if input.dim() != 2 and input.dim() != 3:
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        if not batched:
+            x = input.unsqueeze(1)
+            if lengths is not None:
+                raise ValueError("LSTM: Expected a batched input with lengths, got a 2D one; cut the sequence instead")
+            if reset is not None:
+                reset = reset.unsqueeze(1)
+        elif self.batch_first:
+            x = input.transpose(0, 1)
+            if reset is not None:
+                reset = reset.transpose(0, 1)
+        else:
+            x = input
+        if hx is None:
+            h, c = self.initial_state(x.size(1))
+            if not self.learn_initial_state:
+                h, c = h.to(x.dtype), c.to(x.dtype)
+        else:
+            h, c = hx
+            if h.dim() != input.dim() or c.dim() != input.dim():
+                raise RuntimeError(
+                    f"For {input.dim()}-D input, hx and cx should be {input.dim()}-D too, "
+                    f"got ({h.dim()}-D, {c.dim()}-D) tensors"
+                )
+            if not batched:
+                h, c = h.unsqueeze(1), c.unsqueeze(1)
+        weights = self._weights()
+        self._check(x, h, c, weights[0], lengths, reset)
+
+        output, h, c, cells = self._stack(x, h, c, weights, lengths, reset)
+        if not batched:
+            output, h, c, cells = output.squeeze(1), h.squeeze(1), c.squeeze(1), cells.squeeze(1)
+        elif self.batch_first:
+            output, cells = output.transpose(0, 1), cells.transpose(0, 1)
+        if self.return_cell_states:
+            return output, (h, c), cells
+        else:
+            return output, (h, c)
+
+    @torch.jit.unused
+    def _forward_packed(self, packed: PackedSequence, hx: Optional[tuple[Tensor, Tensor]], reset: Optional[Tensor]):  # type: ignore[no-untyped-def]
+        if reset is not None:
+            raise ValueError("LSTM: Expected no reset with a PackedSequence; pass a padded input and lengths")
+        if self.batch_first:
+            padded, lengths = pad_packed_sequence(packed, batch_first=True)
+        else:
+            padded, lengths = pad_packed_sequence(packed)
+        answer = self.forward(padded, hx, lengths.to(padded.device))
+
+        def pack(values: Tensor) -> PackedSequence:
+            batch = 0 if self.batch_first else 1
+            if packed.sorted_indices is not None:
+                values = values.index_select(batch, packed.sorted_indices)
+            data = pack_padded_sequence(values, sorted_lengths, batch_first=self.batch_first).data
+            return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+
+        sorted_lengths = lengths
+        if packed.sorted_indices is not None:
+            sorted_lengths = lengths[packed.sorted_indices.to(lengths.device)]
+        if self.return_cell_states:
+            return pack(answer[0]), answer[1], pack(answer[2])
+        return pack(answer[0]), answer[1]
+
+    def _stack(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        weights: list[Tensor],
+        lengths: Optional[Tensor],
+        reset: Optional[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All layers: x (T, N, input_size) -> output, h_n, c_n, cells (empty unless asked for)."""
+        kernels = self.use_ops and has_kernel(x)
+        if not kernels:
+            if self._torch_can(x, lengths is not None or reset is not None):
+                output, h, c = torch.lstm(
+                    x,
+                    [h, c],
+                    weights,
+                    self.bias,
+                    self.num_layers,
+                    self.dropout,
+                    self.training,
+                    self.bidirectional,
+                    False,
+                )
+                return output, h, c, x.new_empty([0, 0, 0])
+            if not torch.jit.is_scripting():
+                if autocasting(x):
+                    dtype = torch.get_autocast_dtype(x.device.type)
+                    x, h, c = x.to(dtype), h.to(dtype), c.to(dtype)
+                    weights = [weight.to(dtype) for weight in weights]
+
+        initial_h: Optional[Tensor] = None
+        initial_c: Optional[Tensor] = None
+        if self.learn_initial_state:
+            initial_h, initial_c = self._initial_pair()
+        last_h: list[Tensor] = []
+        last_c: list[Tensor] = []
+        cells = x.new_empty([0, 0, 0])
+        directions = 2 if self.bidirectional else 1
+        for layer in range(self.num_layers):
+            outputs: list[Tensor] = []
+            all_cells: list[Tensor] = []
+            for direction in range(directions):
+                place = layer * directions + direction
+                at = place * len(self._names)
+                p: dict[str, Tensor] = {}
+                for k in range(len(self._names)):
+                    p[self._names[k]] = weights[at + k]
+                y, h_n, c_n, direction_cells = self._direction(
+                    kernels,
+                    direction == 1,
+                    x,
+                    h[place],
+                    c[place],
+                    p,
+                    lengths,
+                    reset,
+                    initial_h[place] if initial_h is not None else None,
+                    initial_c[place] if initial_c is not None else None,
+                    self.return_cell_states and layer + 1 == self.num_layers,
+                )
+                outputs.append(y)
+                all_cells.append(direction_cells)
+                last_h.append(h_n)
+                last_c.append(c_n)
+            y = torch.cat(outputs, 2) if self.bidirectional else outputs[0]
+            if self.return_cell_states and layer + 1 == self.num_layers:
+                cells = torch.cat(all_cells, 2) if self.bidirectional else all_cells[0]
+            if self.residual and layer > 0:
+                y = y + x
+            if self.dropout > 0.0 and layer + 1 < self.num_layers:
+                y = nn.functional.dropout(y, self.dropout, self.training)
+            x = y
+        return x, torch.stack(last_h), torch.stack(last_c), cells
+
+    def _torch_can(self, x: Tensor, ragged: bool) -> bool:
+        """Whether torch.lstm, which has kernels of its own for more devices, computes the same."""
+        if ragged or not self._plain or self.return_cell_states or (self.residual and self.num_layers > 1):
+            return False
+        if self.zoneout_h > 0.0 or self.zoneout_c > 0.0:
+            return False
+        if self.training and (self.recurrent_dropout > 0.0 or self.weight_drop > 0.0):
+            return False
+        if torch.jit.is_scripting():
+            return True
+        return not transforms_active()
+
+    def _direction(
+        self,
+        kernels: bool,
+        reverse: bool,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        p: dict[str, Tensor],
+        lengths: Optional[Tensor],
+        reset: Optional[Tensor],
+        initial_h: Optional[Tensor],
+        initial_c: Optional[Tensor],
+        want_cells: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One layer in one direction, rows of any lengths: x (T, N, I) -> y, h_n, c_n, cells."""
+        if lengths is None:
+            if not reverse:
+                return self._layer(kernels, x, h, c, p, reset, initial_h, initial_c, want_cells)
+            y, h_n, c_n, cells = self._layer(
+                kernels,
+                x.flip(0),
+                h,
+                c,
+                p,
+                reset.flip(0) if reset is not None else None,
+                initial_h,
+                initial_c,
+                want_cells,
+            )
+            return y.flip(0), h_n, c_n, cells.flip(0) if want_cells else cells
+
+        steps = torch.arange(x.size(0), device=x.device).unsqueeze(1)
+        ends = lengths.to(x.device).unsqueeze(0)
+        inside = steps < ends
+        order = torch.where(inside, ends - 1 - steps, steps)
+        if reverse:
+            x = x.gather(0, order.unsqueeze(2).expand(-1, -1, x.size(2)))
+            if reset is not None:
+                reset = reset.gather(0, order)
+        y, _, _, cells = self._layer(kernels, x, h, c, p, reset, initial_h, initial_c, True)
+        last = (ends - 1).clamp(min=0).unsqueeze(2)
+        started = (lengths > 0).to(x.device).unsqueeze(1)
+        h_n = torch.where(started, y.gather(0, last.expand(-1, -1, y.size(2))).squeeze(0), h)
+        c_n = torch.where(started, cells.gather(0, last.expand(-1, -1, cells.size(2))).squeeze(0), c)
+        if reverse:
+            y = y.gather(0, order.unsqueeze(2).expand(-1, -1, y.size(2)))
+            cells = cells.gather(0, order.unsqueeze(2).expand(-1, -1, cells.size(2)))
+        outside = inside.logical_not().unsqueeze(2)
+        return y.masked_fill(outside, 0.0), h_n, c_n, cells.masked_fill(outside, 0.0)
+
+    def _layer(
+        self,
+        kernels: bool,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        p: dict[str, Tensor],
+        reset: Optional[Tensor],
+        initial_h: Optional[Tensor],
+        initial_c: Optional[Tensor],
+        want_cells: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One layer in one direction, all rows of one length: x (T, N, I) -> y, h_n, c_n, cells."""
+        weight_hh = p["weight_hh"]
+        if self.weight_drop > 0.0:
+            weight_hh = nn.functional.dropout(weight_hh, self.weight_drop, self.training)
+        mask_h: Optional[Tensor] = None
+        mask_g: Optional[Tensor] = None
+        keep_h: Optional[Tensor] = None
+        keep_c: Optional[Tensor] = None
+        if self.training:
+            if self.recurrent_dropout > 0.0:
+                if self.recurrent_dropout_on == "hidden":
+                    mask_h = nn.functional.dropout(torch.ones_like(h), self.recurrent_dropout)
+                else:
+                    mask_g = nn.functional.dropout(torch.ones_like(c), self.recurrent_dropout)
+            if self.zoneout_h > 0.0:
+                keep_h = x.new_empty([x.size(0), x.size(1), h.size(1)]).bernoulli_(self.zoneout_h)
+            if self.zoneout_c > 0.0:
+                keep_c = x.new_empty([x.size(0), x.size(1), c.size(1)]).bernoulli_(self.zoneout_c)
+        bias_ih, bias_hh = p.get("bias_ih"), p.get("bias_hh")
+        gate_activation, activation, output_activation = self._activations
+        if self.use_ops:  # constant, so that a TorchScript file without operators does not name them
+            zoned = self.zoneout_h > 0.0 or self.zoneout_c > 0.0
+            masked = mask_h is not None or mask_g is not None
+            if kernels and self._plain and self.proj_size == 0 and reset is None and not zoned and not masked:
+                save = (torch.is_grad_enabled() and not self.memory_efficient) or want_cells
+                y, h, c, _, cells = torch.ops.cellstep.lstm_layer(
+                    x, h, c, p["weight_ih"], weight_hh, bias_ih, bias_hh, save
+                )
+                return y, h, c, cells
+            if kernels:
+                y, h, c, cells = torch.ops.cellstep.lstm_variant(
+                    x,
+                    h,
+                    c,
+                    p["weight_ih"],
+                    weight_hh,
+                    bias_ih,
+                    bias_hh,
+                    p.get("weight_hr"),
+                    p.get("weight_peephole"),
+                    p.get("norm_ih"),
+                    p.get("norm_hh"),
+                    p.get("norm_c"),
+                    p.get("norm_c_bias"),
+                    reset,
+                    initial_h,
+                    initial_c,
+                    mask_h,
+                    mask_g,
+                    keep_h,
+                    keep_c,
+                    self.coupled,
+                    self.cell_clip,
+                    self.zoneout_h,
+                    self.zoneout_c,
+                    gate_activation,
+                    activation,
+                    output_activation,
+                    want_cells,
+                )
+                return y, h, c, cells
+        return lstm_steps(
+            x,
+            h,
+            c,
+            p["weight_ih"],
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            p.get("weight_hr"),
+            p.get("weight_peephole"),
+            p.get("norm_ih"),
+            p.get("norm_hh"),
+            p.get("norm_c"),
+            p.get("norm_c_bias"),
+            reset,
+            initial_h,
+            initial_c,
+            mask_h,
+            mask_g,
+            keep_h,
+            keep_c,
+            self.coupled,
+            self.cell_clip,
+            self.zoneout_h,
+            self.zoneout_c,
+            gate_activation,
+            activation,
+            output_activation,
+        )
