@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -239,8 +239,7 @@ def _chain(graph: _Graph, model: Chain, inputs: list[str], lengths: str, reset: 
     valid = _valid(graph, x, ends) if lengths else ""
     resets = graph("Unsqueeze", graph("Transpose", reset, perm=[1, 0]), graph.sizes(2)) if reset else ""
 
-    lstms = [cast(LSTM, lstm) for lstm in model.lstms]
-    layers = [(lstm, layer) for lstm in lstms for layer in range(lstm.num_layers)]
+    layers = [(lstm, layer) for lstm in model.lstms for layer in range(lstm.num_layers)]
     directions = [2 if lstm.bidirectional else 1 for lstm, _ in layers]
     axis = 0 if model.state_layers == sum(directions) else 2
 

@@ -1,0 +1,310 @@
+"""Every option through every road out of Python, as one table; README prints it.
+
+A cell is "=" where the numbers are those of the eager model to the bit, "≈" where they agree to rounding, or the
+reason why there is none. ``python tests/python/test_roads.py`` writes the table into README.
+"""
+
+import copy
+import importlib.util
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cellstep
+from cellstep.exporters.torchscript import packed
+from cellstep.nn import LSTM, Chain, Dense, Scale, Skip, Unscale
+
+README = Path(__file__).parents[2] / "README.md"
+INPUTS, UNITS = 4, 6
+
+#: An option of the table -> the arguments of its LSTM.
+OPTIONS = {
+    "plain": {},
+    "num_layers, dropout": {"num_layers": 2, "dropout": 0.3},
+    "bidirectional": {"num_layers": 2, "bidirectional": True},
+    "proj_size": {"proj_size": 3},
+    "peephole": {"peephole": True},
+    "layer_norm": {"layer_norm": True},
+    "coupled": {"coupled": True},
+    "zoneout": {"zoneout": (0.1, 0.2)},
+    "cell_clip": {"cell_clip": 0.1},
+    "residual": {"num_layers": 3, "residual": True},
+    "hard_sigmoid, relu": {"gate_activation": "hard_sigmoid", "activation": "relu"},
+    "learn_initial_state": {"learn_initial_state": True},
+    "recurrent_dropout": {"recurrent_dropout": 0.3},
+    "weight_drop": {"weight_drop": 0.3},
+    "forget_bias": {"forget_bias": 1.0},
+    "memory_efficient": {"memory_efficient": True},
+}
+EVERYTHING = {
+    "num_layers": 2,
+    "bidirectional": True,
+    "proj_size": 3,
+    "peephole": True,
+    "layer_norm": True,
+    "coupled": True,
+    "residual": True,
+    "zoneout": 0.1,
+    "cell_clip": 0.5,
+    "activation": "hardsigmoid",
+    "learn_initial_state": True,
+}
+#: Rows of the table: the options, and what a call or a chain may have beyond them.
+ROWS = [*OPTIONS, "all of them at once", "a chain with all stages", "lengths", "reset", "return_cell_states"]
+TARGETS = ["scripted", ".pt", ".pt standalone", "torch.compile", "torch.export", ".pt2", ".onnx", ".pte", ".cellstep"]
+
+EXECUTORCH = importlib.util.find_spec("executorch") is not None
+#: Why a cell is empty: the other side's limit.
+REASONS = {(row, ".pte"): "an ExecuTorch program has one static size" for row in ("lengths", "reset")} | {
+    ("return_cell_states", target): "files hold chains, and a chain answers from h; one output of ONNX's LSTM is all h"
+    for target in (".pt", ".pt standalone", ".pt2", ".onnx", ".pte", ".cellstep")
+}
+
+
+def make(row):
+    torch.manual_seed(0)
+    if row == "a chain with all stages":
+        stages = (
+            Scale([1.0, 2.0, 3.0, 4.0], [0.5, 1.0, 2.0, 0.1]),
+            Dense(INPUTS, 5, "relu"),
+            LSTM(5, UNITS, 2, peephole=True),
+            LSTM(UNITS, 4, layer_norm=True),
+            Dense(4, 3, "tanh"),
+            Dense(3, 2, "softmax"),
+            Unscale([1.0, -1.0], [2.0, 3.0]),
+            Skip([3, 0]),
+        )
+        chain = Chain(*stages, answers="every")
+    else:
+        options = EVERYTHING if row == "all of them at once" else OPTIONS.get(row, {})
+        chain = Chain(LSTM(INPUTS, UNITS, **options), answers="every")
+    with torch.no_grad():
+        for name, parameter in chain.named_parameters():
+            if "initial" in name or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return chain.eval()
+
+
+def inputs(steps=9):
+    x = torch.randn(3, steps, INPUTS, generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([steps, 0, 2])
+    reset = torch.rand(3, steps, generator=torch.Generator().manual_seed(2)) < 0.3
+    return x, lengths, reset
+
+
+def arguments(row, steps):
+    """What a row calls: the method, and what it takes beside x."""
+    _, lengths, reset = inputs(steps)
+    return {"lengths": {"lengths": lengths}, "reset": {"reset": reset}}.get(row, {})
+
+
+class Holder(torch.nn.Module):
+    """A user's own module around a layer or a chain, one method for all rows."""
+
+    def __init__(self, chain):
+        super().__init__()
+        self.chain = chain
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None, reset: torch.Tensor | None = None):
+        state = self.chain.initial_state(x.size(0))
+        if reset is not None:
+            return self.chain.run(x, state, reset)[0]
+        return self.chain.answer(x, state, lengths)[0]
+
+
+class CellHolder(torch.nn.Module):
+    """h and c of every step, side by side."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = LSTM(INPUTS, UNITS, batch_first=True, return_cell_states=True)
+
+    def forward(self, x: torch.Tensor):
+        output, _, cells = self.lstm(x)
+        return torch.cat([output, cells], 2)
+
+
+def module_of(row):
+    return CellHolder().eval() if row == "return_cell_states" else Holder(make(row))
+
+
+def eager(row, steps):
+    with torch.no_grad():
+        return module_of(row)(inputs(steps)[0], **arguments(row, steps)).numpy()
+
+
+def by_artifact(suffix, **options):
+    def run(row, directory):
+        path = directory / f"{ROWS.index(row)}-{'-'.join(options)}{suffix}"
+        cellstep.export(make(row), path, **options)
+        artifact = cellstep.load(path)
+
+        def call(steps):
+            x, lengths, reset = inputs(steps)
+            if row == "reset":
+                return artifact.run(x, artifact.initial_state(3), reset)[0]
+            return artifact(x, lengths=lengths.numpy()) if row == "lengths" else artifact(x)
+
+        return call
+
+    return run
+
+
+def by_script(row, directory):
+    path = directory / "scripted.pt"
+    torch.jit.save(torch.jit.script(module_of(row)), path)
+    module = torch.jit.load(path)
+    return lambda steps: module(inputs(steps)[0], **arguments(row, steps)).detach().numpy()
+
+
+def by_compile(row, directory):
+    torch._dynamo.reset()
+    compiled = torch.compile(module_of(row), fullgraph=True, dynamic=True)
+    seen = []
+
+    def call(steps):
+        # Time may change without a recompilation once the first call is compiled.
+        with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile" if seen else "default"):
+            seen.append(steps)
+            return compiled(inputs(steps)[0], **arguments(row, steps)).numpy()
+
+    return call
+
+
+def by_export(row, directory):
+    dynamic = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("time", min=1)}
+    x, extra = inputs(5)[0], arguments(row, 5)
+    shapes = {"x": dynamic, **{name: dynamic if name == "reset" else {0: dynamic[0]} for name in extra}}
+    program = torch.export.export(module_of(row), (x,), extra, dynamic_shapes=shapes).module()
+    return lambda steps: program(inputs(steps)[0], **arguments(row, steps)).detach().numpy()
+
+
+class AllRows(torch.nn.Module):
+    """Every row in one program: a package compiles each program for seconds, and they differ in constants alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.chains = torch.nn.ModuleList(packed(make(row)) for row in PACKAGED)
+
+    def forward(self, x, lengths, reset):
+        answers = []
+        for row, chain in zip(PACKAGED, self.chains, strict=True):
+            state = chain.initial_state(x.size(0))
+            if row == "reset":
+                answers.append(chain.run(x, state, reset)[0])
+            else:
+                answers.append(chain.answer(x, state, lengths if row == "lengths" else None)[0])
+        return answers
+
+
+PACKAGED = [row for row in ROWS if (row, ".pt2") not in REASONS]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler's own, on its way
+        dynamic = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("time", min=1)}
+        program = torch.export.export(
+            AllRows(), inputs(5), dynamic_shapes=(dynamic, {0: dynamic[0]}, dynamic), strict=False
+        )
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path_factory.mktemp("package") / "rows.pt2")
+        )
+    return torch._inductor.aoti_load_package(path)
+
+
+BY = {
+    "scripted": by_script,
+    ".pt": by_artifact(".pt"),
+    ".pt standalone": by_artifact(".pt", standalone=True),
+    "torch.compile": by_compile,
+    "torch.export": by_export,
+    ".onnx": by_artifact(".onnx"),
+    ".cellstep": by_artifact(".cellstep"),
+}
+#: Relative to the largest output: float32 rounds to 6e-8, some ten times over on the way through nine steps, and
+#: layer normalisation over few units divides by small deviations.
+TOLERANCE = 2e-5
+results = {}
+
+
+def compare(y, truth):
+    assert y.shape == truth.shape and y.dtype == truth.dtype
+    if np.array_equal(y, truth):
+        return "="
+    assert np.abs(y - truth).max() <= TOLERANCE * np.abs(truth).max()
+    return "≈"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("row", ROWS)
+def test_road(row, target, request, tmp_path):
+    if (row, target) in REASONS:
+        results[row, target] = REASONS[row, target]
+        return
+    if target == ".pte":
+        pytest.skip("ExecuTorch is tested where it is installed: test_executorch.py")
+    if target == ".pt2":
+        program = request.getfixturevalue("package")
+
+        def call(steps):
+            return program(*inputs(steps))[PACKAGED.index(row)].numpy()
+    else:
+        call = BY[target](row, tmp_path)
+    signs = {compare(call(steps), eager(row, steps)) for steps in (5, 9, 2, 40)}
+    results[row, target] = "=" if signs == {"="} else "≈"
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_eager_agrees_with_torchs_own_operators(row):
+    module = module_of(row)
+    reference = copy.deepcopy(module).double()
+    for part in reference.modules():
+        if isinstance(part, (LSTM, Dense)):
+            part.use_ops = False
+    x, extra = inputs(9)[0], arguments(row, 9)
+    with torch.no_grad():
+        truth = reference(x.double(), **extra)
+        compare(module(x, **extra).numpy(), truth.float().numpy())
+
+
+def table():
+    """The table in Markdown, reasons as notes below it."""
+    notes: list[str] = []
+
+    def cell(row, target):
+        sign = results[row, target]
+        if sign in ("=", "≈"):
+            return sign
+        if sign not in notes:
+            notes.append(sign)
+        return f"[{notes.index(sign) + 1}]"
+
+    lines = ["| | " + " | ".join(f"`{name}`" if "." in name else name for name in TARGETS) + " |"]
+    lines.append("| --- |" + " :-: |" * len(TARGETS))
+    lines += [f"| {row} | " + " | ".join(cell(row, target) for target in TARGETS) + " |" for row in ROWS]
+    lines += ["", *(f"[{place}] {note}.  " for place, note in enumerate(notes, 1))]
+    return "\n".join(lines)
+
+
+BLOCK = re.compile(r"(?<=<!-- table of roads -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+
+
+def test_readme_prints_this_table():
+    if len(results) < len(ROWS) * len(TARGETS):
+        pytest.skip("the whole table was not run")
+    if "--write" in sys.argv:
+        README.write_text(BLOCK.sub(lambda _: table(), README.read_text()))
+    assert BLOCK.search(README.read_text())[0] == table(), "python tests/python/test_roads.py writes it"
+
+
+if __name__ == "__main__":
+    sys.argv.append("--write")
+    sys.exit(pytest.main([__file__, "-q"]))
