@@ -270,8 +270,8 @@ public:
         } catch (const UserError&) {
             throw;
         } catch (const std::exception& error) {
-            throw UserError("expected a .pt2 package; '" + path_ + "' is none or is damaged (" + first_sentence(error) +
-                            "); export it again");
+            throw UserError("expected a .pt2 package that cellstep exported; '" + path_ + "' is none or is damaged (" +
+                            first_sentence(error) + "); export it again");
         }
         reset();
     }

@@ -226,6 +226,68 @@ class OnnxArtifact(Artifact):
         return y, (h, c)
 
 
+class ExecutorchArtifact(Artifact):
+    """A ``.pte`` program. Whole windows of its own size take one call, all others a call a step."""
+
+    def __init__(self, path: str) -> None:
+        from cellstep.exporters.executorch_program import load_executorch
+
+        self.program = load_executorch(path)
+        super().__init__(path, self.program)
+        self.dtype = np.dtype(str(self.program.dtype).removeprefix("torch."))
+
+    def _initial(self) -> State:
+        h, c = self.program.initial_state(1)
+        return h.numpy(), c.numpy()
+
+    def _window(self, x: Array) -> Array:
+        if x.shape[1] != self.program.steps:
+            return super()._window(x)
+        answers = [self.program.forward(self._part(x, rows, 0)).numpy() for rows in self._groups(len(x))]
+        every = [x.shape[1]] if self.answers == "every" else []
+        return np.concatenate([np.empty((0, *every, self.output_size), self.dtype), *answers])[: len(x)]
+
+    def _run(self, x: Array, state: State) -> tuple[Array, State]:
+        if self.program.bidirectional:
+            raise ValueError(
+                f"expected windows of {self.program.steps} steps from the initial state, as the model of '{self.path}' "
+                f"is bidirectional and of one static size; got {x.shape[1]} steps from a state; export another size"
+            )
+        y = np.empty((len(x), x.shape[1], self.output_size), self.dtype)
+        h, c = (part.copy() for part in state)
+        for rows in self._groups(len(x)):
+            inputs, held = self._part(x, rows, 0), (self._part(h, rows, 1), self._part(c, rows, 1))
+            count = len(x[rows])
+            for step in range(x.shape[1]):
+                answer, held = self.program.step(inputs[:, step].contiguous(), held)
+                y[rows, step] = answer.numpy()[:count]
+            h[:, rows], c[:, rows] = (part.numpy()[:, :count] for part in held)
+        return y, (h, c)
+
+    def _answer(self, x: Array, state: State) -> tuple[Array, State]:
+        if self.answers == "hidden":
+            raise ValueError(
+                f"expected windows of {self.program.steps} steps from the initial state, as '{self.path}' answers from "
+                f"the last hidden state alone; got {x.shape[1]} steps from a state; export it with answers='every'"
+            )
+        y, state = self._run(x, state)
+        return (y if self.answers == "every" else y[:, -1]), state
+
+    def _groups(self, count: int) -> list[slice]:
+        """As many rows as a call takes, again and again."""
+        size = self.program.batch_size
+        return [slice(begin, begin + size) for begin in range(0, count, size)]
+
+    def _part(self, array: Array, rows: slice, axis: int) -> Any:
+        """Some rows as a tensor, zeros in the place of rows past the last one."""
+        import torch
+
+        part = array[rows] if axis == 0 else array[:, rows]
+        missing = [(0, 0)] * array.ndim
+        missing[axis] = (0, self.program.batch_size - part.shape[axis])
+        return torch.from_numpy(np.pad(part, missing))
+
+
 class DeployArtifact(Artifact):
     """A deploy file on the torch-free runtime: the rows of a batch one after another through one session."""
 
@@ -261,7 +323,7 @@ class DeployArtifact(Artifact):
 
 
 def load(path: str | os.PathLike[str]) -> Artifact:
-    """Load an artifact by its suffix: ``.pt``, ``.pt2``, ``.onnx``, ``.cellstep`` or ``.safetensors``.
+    """Load an artifact by its suffix: ``.pt``, ``.pt2``, ``.onnx``, ``.pte``, ``.cellstep`` or ``.safetensors``.
 
     Raises:
         OSError: the file cannot be read.
@@ -278,6 +340,8 @@ def load(path: str | os.PathLike[str]) -> Artifact:
         return PackageArtifact(name, load_package(name))
     if suffix == ".onnx":
         return OnnxArtifact(name)
+    if suffix == ".pte":
+        return ExecutorchArtifact(name)
     if suffix == ".pt":
         from cellstep.exporters.torchscript import load_torchscript
 
@@ -290,5 +354,6 @@ def load(path: str | os.PathLike[str]) -> Artifact:
             model = model.float()  # NumPy has no bfloat16
         return TorchArtifact(name, model)
     raise ValueError(
-        f"expected a file that ends in .pt, .pt2, .onnx, .cellstep or .safetensors; got '{name}'; name an artifact"
+        f"expected a file that ends in .pt, .pt2, .onnx, .pte, .cellstep or .safetensors; got '{name}'; "
+        "name an artifact"
     )

@@ -76,6 +76,8 @@ def verify(
     artifacts: Iterable[str | os.PathLike[str]],
     windows: NDArray[Any] | None = None,
     tolerance: float = 2e-6,
+    *,
+    compiled: bool = False,
 ) -> Report:
     """Run a float32 model and its artifacts over the same windows.
 
@@ -85,6 +87,7 @@ def verify(
         artifacts: paths of files that :func:`cellstep.load` reads.
         windows: (N, T, input_size); by default those of :func:`test_windows`.
         tolerance: largest difference allowed, relative to the range of the reference's outputs.
+        compiled: run the model under ``torch.compile`` as well, which calls the C++ compiler of the machine.
 
     Raises:
         OSError, ValueError: an artifact cannot be loaded, or is of another model's sizes.
@@ -111,6 +114,8 @@ def verify(
 
     add("eager, torch kernels", "-", _eager(reference))
     add("eager, cellstep", "-", _eager(ours))
+    if compiled:
+        add("torch.compile", "-", _eager(torch.compile(ours, fullgraph=True, dynamic=True)))
     for path in artifacts:
         artifact = load(path)
         if (artifact.input_size, artifact.output_size) != (model.input_size, model.output_size):
@@ -157,10 +162,11 @@ def test_windows(model: Chain, data: str | os.PathLike[str] | None = None) -> Fl
     return np.ascontiguousarray(x[picked], np.float32)
 
 
-def _eager(model: Chain) -> Callable[[Float32Array], Float32Array]:
+def _eager(model: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Float32Array], Float32Array]:
     def run(x: Float32Array) -> Float32Array:
         with torch.inference_mode():
-            return model(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+            y: Float32Array = model(torch.from_numpy(x)).numpy()
+            return y
 
     return run
 

@@ -35,6 +35,15 @@ def run_command(*command, **options):
     return subprocess.run([program, *map(str, command[1:])], capture_output=True, text=True, timeout=300, **options)
 
 
+def build_with_cmake(source, directory, *options):
+    """A program of a user's own, against the installed package."""
+    prefix = f"-DCMAKE_PREFIX_PATH={cellstep.cmake_prefix_path};{torch.utils.cmake_prefix_path}"
+    configure = ["-S", source, "-B", directory, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", prefix, *options]
+    for arguments in (configure, ["--build", directory]):
+        done = run_command("cmake", *arguments)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
 def write_csv(path, x, names):
     lines = [",".join(["time", *names])]
     lines += [",".join([f"t{row}", *(f"{v:.9g}" for v in values)]) for row, values in enumerate(x.tolist())]

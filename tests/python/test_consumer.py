@@ -7,20 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
-
-import cellstep
+from conftest import build_with_cmake
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="linker flags and readelf are those of ELF systems")
-
-
-def build(source, directory, *options):
-    prefix = f"-DCMAKE_PREFIX_PATH={cellstep.cmake_prefix_path};{torch.utils.cmake_prefix_path}"
-    configure = ["-S", source, "-B", directory, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", prefix, *options]
-    for arguments in (configure, ["--build", directory]):
-        done = run_command("cmake", *arguments)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def answers(text):
@@ -38,20 +28,20 @@ def expected(model):
 
 
 def test_libtorch_program_linked_as_needed(artifacts, expected, tmp_path):
-    build(ROOT / "examples/libtorch", tmp_path, "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed")
+    build_with_cmake(ROOT / "examples/libtorch", tmp_path, "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed")
     done = subprocess.run([tmp_path / "forecast", artifacts[".pt"]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(answers(done.stdout), expected)
 
 
 def test_libtorch_program_that_forgot_the_operators(artifacts, tmp_path):
-    build(ROOT / "tests/consumer/forgot", tmp_path)
+    build_with_cmake(ROOT / "tests/consumer/forgot", tmp_path)
     done = subprocess.run([tmp_path / "forgot", artifacts[".pt"]], capture_output=True, text=True)
     assert done.returncode == 1 and "Unknown builtin op: cellstep::run_model" in done.stderr
 
 
 def test_c_program(artifacts, expected, tmp_path):
-    build(ROOT / "examples/embedded", tmp_path, "-DCMAKE_C_FLAGS=-Wall -Wextra -Wpedantic -Werror -std=c11")
+    build_with_cmake(ROOT / "examples/embedded", tmp_path, "-DCMAKE_C_FLAGS=-Wall -Wextra -Wpedantic -Werror -std=c11")
     done = subprocess.run([tmp_path / "stream", artifacts[".cellstep"]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(answers(done.stdout), expected)
@@ -61,7 +51,7 @@ def test_c_program(artifacts, expected, tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["-DCELLSTEP_SANITIZE=ON"], ["-DCELLSTEP_STRICT=ON"]], ids=str)
 def test_c_program_by_add_subdirectory(artifacts, expected, tmp_path, options):
-    build(ROOT / "tests/consumer/subdirectory", tmp_path / "build", *options)
+    build_with_cmake(ROOT / "tests/consumer/subdirectory", tmp_path / "build", *options)
     program = tmp_path / "build" / "subdirectory"
     done = subprocess.run([program, artifacts[".cellstep"]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -43,7 +43,7 @@ void run(const core::Image& image, const Tensor& x, const Tensor& h, const Tenso
     T* all_c = mutable_data<T>(c);
     if (!lengths) return call({0, batch, steps}, all_h, all_c);
 
-    // Row by row: no bit of a row hangs on the others. Rows without a step answer from zeros, as padding does.
+    // Row by row: no bit of a row hangs on the others. A row without a step is answered with zeros, as padding is.
     const core::ImageHeader& header = image.header();
     const std::size_t layers = header.state_layers;
     const auto row_h = scratch<T>(layers * header.h_size);

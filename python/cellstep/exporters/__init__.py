@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from cellstep.exporters.deploy import export_deploy
+from cellstep.exporters.executorch_program import export_executorch
 from cellstep.exporters.interchange import load_model, save
 from cellstep.exporters.onnx_graph import export_onnx
 from cellstep.exporters.package import export_package
@@ -20,6 +21,7 @@ _WRITERS: dict[str, Any] = {
     ".onnx": export_onnx,
     ".pt": export_torchscript,
     ".pt2": export_package,
+    ".pte": export_executorch,
     ".safetensors": save,
 }
 
@@ -39,11 +41,12 @@ def export(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> No
         model: a :class:`cellstep.nn.Chain`, such as a ``Forecaster``; an :class:`cellstep.nn.LSTM` is exported as
             ``Chain(lstm, answers="every")``.
         options: of the exporter: ``standalone`` for ``.pt``; ``input_names``, ``output_names``, ``lengths`` and
-            ``reset`` for ``.onnx``; ``batch_size`` and ``steps`` for ``.pte``.
+            ``reset`` for ``.onnx``; ``batch_size``, ``steps`` and ``partitioner`` for ``.pte``.
 
     Raises:
         ValueError: the suffix is unknown, or the artifact cannot hold the model's dtype.
         TypeError: ``model`` is neither, or the artifact has no such option.
+        ImportError: a package that writes this kind of file is not installed.
         OSError: the file cannot be written.
     """
     target = Path(path)

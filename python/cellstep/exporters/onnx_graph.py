@@ -286,8 +286,6 @@ def _answer(graph: _Graph, model: Chain, raw: str, x: str, last_h: _Pieces, ends
     if model.answers == "hidden":
         y = graph("Squeeze", graph.joined(last_h, 2), graph.sizes(0))
     else:
-        if valid and model.answers == "last":  # a row of length 0 is answered from zeros
-            x = graph("Where", valid, x, graph.number(0))
         y = graph("Transpose", x, perm=[1, 0, 2])
         y = last(y) if model.answers == "last" else y
     for dense in model.heads:
@@ -296,9 +294,12 @@ def _answer(graph: _Graph, model: Chain, raw: str, x: str, last_h: _Pieces, ends
     if model.skip_columns:
         skipped = graph("Gather", raw, graph.sizes(*model.skip_columns), axis=2)
         y = graph("Add", y, skipped if model.answers == "every" else last(skipped))
-    if valid and model.answers == "every":
-        counts = graph("Transpose", valid, perm=[1, 0, 2])
-        y = graph("Where", counts, y, graph.number(0))
+    if valid:
+        if model.answers == "every":
+            answered = graph("Transpose", valid, perm=[1, 0, 2])
+        else:
+            answered = graph("Greater", graph("Unsqueeze", ends, graph.sizes(1)), graph.sizes(0))
+        y = graph("Where", answered, y, graph.number(0))
     return y
 
 

@@ -159,9 +159,13 @@ def load_package(path: str | os.PathLike[str]) -> Package:
     if not os.path.isfile(name):
         raise FileNotFoundError(f"expected a package at '{name}'; there is none; check the path")
     if not zipfile.is_zipfile(name):
-        raise ValueError(f"expected a .pt2 package; '{name}' is none or is damaged; export it again")
+        raise ValueError(
+            f"expected a .pt2 package that cellstep exported; '{name}' is none or is damaged; export it again"
+        )
     try:
         return Package(name)
     except (RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"expected a .pt2 package; '{name}' is none or is damaged: {reason}") from None
+        raise ValueError(
+            f"expected a .pt2 package that cellstep exported; '{name}' is none or is damaged: {reason}"
+        ) from None
