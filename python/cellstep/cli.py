@@ -155,6 +155,8 @@ def export(
     standalone: Annotated[bool, typer.Option(help="A .pt that needs no operator library.")] = False,
     input_names: Annotated[Optional[str], typer.Option(help="Of ONNX's x, h, c, with commas.")] = None,  # noqa: UP045
     output_names: Annotated[Optional[str], typer.Option(help="Of ONNX's y, h, c, with commas.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Of ExecuTorch's windows; default: as trained.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a call of ExecuTorch.")] = 1,
 ) -> None:
     """Write a model as artifacts, by the suffix of each output."""
     import cellstep
@@ -168,15 +170,46 @@ def export(
     options: dict[str, dict[str, Any]] = {
         ".pt": {"standalone": standalone},
         ".onnx": {key: value.split(",") for key, value in names.items() if value},
+        ".pte": {"steps": steps, "batch_size": batch_size},
     }
     for output in outputs:
         cellstep.export(loaded, output, **options.get(output.suffix, {}))
         print(f"{output}: {output.stat().st_size:,} bytes")
 
 
+@app.command("import")
+def import_(
+    old: Annotated[Path, typer.Argument(help="A TorchScript file of any torch since 1.0.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write to.")],
+    layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Found layers to take, in order, with commas: lstm,fc1:relu,fc2."),
+    ] = None,
+    formats: Annotated[str, typer.Option(help="What to write.")] = "safetensors,cellstep,pt2,onnx",
+    run_original: Annotated[
+        bool, typer.Option("--run-original", help="Run the file's own code, too, and compare: for files you trust.")
+    ] = False,
+    input_names: Annotated[Optional[str], typer.Option(help="Of ONNX's x, h, c, with commas.")] = None,  # noqa: UP045
+    output_names: Annotated[Optional[str], typer.Option(help="Of ONNX's y, h, c, with commas.")] = None,  # noqa: UP045
+) -> None:
+    """Read an old TorchScript file as data, and write the same model anew, with the proof that its numbers are kept."""
+    from cellstep.rescue import import_archive
+
+    names = {"input_names": input_names, "output_names": output_names}
+    for line in import_archive(
+        old,
+        output,
+        layers.split(",") if layers else None,
+        formats=["." + name.strip().lstrip(".") for name in formats.split(",")],
+        run_original=run_original,
+        onnx_names={key: value.split(",") for key, value in names.items() if value},
+    ):
+        print(line, flush=True)
+
+
 @app.command()
 def run(
-    model: Annotated[Path, typer.Argument(help="A .pt, .pt2, .onnx, .cellstep or .safetensors file.")],
+    model: Annotated[Path, typer.Argument(help="A .pt, .pt2, .onnx, .pte, .cellstep or .safetensors file.")],
     data: Annotated[Path, typer.Argument(help="A CSV file with a header line.")],
     stream: Annotated[bool, typer.Option(help="One step at a time, carrying the state.")] = False,
     window: Annotated[Optional[int], typer.Option(min=1, help="Rows of a window; default: as trained.")] = None,  # noqa: UP045
@@ -237,6 +270,7 @@ def verify(
     models: Annotated[list[Path], typer.Argument(help="Artifacts of one model.")],
     data: Annotated[Optional[Path], typer.Option(help="CSV to cut windows from; default: the sample.")] = None,  # noqa: UP045
     tolerance: Annotated[float, typer.Option(help="Relative to the output's range.")] = 2e-6,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run it under torch.compile as well.")] = False,
 ) -> None:
     """Run artifacts over the same windows and print how far each is from the eager model; exit 1 past tolerance.
 
@@ -253,7 +287,7 @@ def verify(
         raise ValueError(f"expected the model as a .safetensors file; '{source}' is not there; name it too")
     model = cellstep.load_model(source)
     artifacts = [path for path in models if path.suffix != ".safetensors"]
-    report = cellstep.verify(model, artifacts, test_windows(model, data), tolerance)
+    report = cellstep.verify(model, artifacts, test_windows(model, data), tolerance, compiled=compiled)
     _print_report(report)
     if report.failures:
         for row in report.failures:
@@ -289,7 +323,9 @@ def _print_report(report: "Report") -> None:
 
 
 @app.command()
-def info(model: Annotated[Path, typer.Argument(help="A .pt, .pt2, .onnx, .cellstep or .safetensors file.")]) -> None:
+def info(
+    model: Annotated[Path, typer.Argument(help="A .pt, .pt2, .onnx, .pte, .cellstep or .safetensors file.")],
+) -> None:
     """Print what a model file holds."""
     import cellstep
     from cellstep.artifact import DeployArtifact

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import cellstep
 from cellstep.exporters.deploy import image
+from cellstep.nn import LSTM, Chain, Dense, Scale, Skip, Unscale
 from cellstep.runtime import ModelError, Session
 
 SUFFIXES = [".pt", ".cellstep", ".safetensors"]
@@ -200,8 +201,38 @@ def with_checksum(data):
     return data[:12] + struct.pack("<I", zlib.crc32(data[:12] + bytes(4) + data[16:])) + data[16:]
 
 
-def test_every_flipped_bit_is_noticed():
-    data = image(make_forecaster(2, 3, 1))
+def whole_chain():
+    """Every record and option of a deploy file at once."""
+    torch.manual_seed(0)
+    options = {
+        "bidirectional": True,
+        "peephole": True,
+        "layer_norm": True,
+        "coupled": True,
+        "zoneout": 0.1,
+        "cell_clip": 2.0,
+        "learn_initial_state": True,
+    }
+    model = Chain(
+        Scale([1.0, 2.0], [3.0, 4.0]),
+        Dense(2, 3, "relu"),
+        LSTM(3, 4, 2, residual=True, proj_size=2, **options),
+        LSTM(4, 3, gate_activation="hard_sigmoid", activation="relu"),
+        Dense(3, 2, "softmax"),
+        Unscale([1.0, 2.0], [3.0, 4.0]),
+        Skip([1, 0]),
+        answers="hidden",
+    )
+    model.feature_names, model.output_names = ["a", "b"], ["c", "d"]
+    return model
+
+
+MODELS = {"forecaster": lambda: make_forecaster(2, 3, 1), "whole chain": whole_chain}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_flipped_bit_is_noticed(name):
+    data = image(MODELS[name]())
     for place in range(len(data)):
         broken = bytearray(data)
         broken[place] ^= 1 << (place % 8)
@@ -209,8 +240,9 @@ def test_every_flipped_bit_is_noticed():
             Session(bytes(broken))
 
 
-def test_every_length_is_noticed():
-    data = image(make_forecaster(2, 3, 1))
+@pytest.mark.parametrize("name", MODELS)
+def test_every_length_is_noticed(name):
+    data = image(MODELS[name]())
     for length in range(len(data)):
         with pytest.raises(ModelError, match="shorter or longer"):
             Session(data[:length])
@@ -218,13 +250,14 @@ def test_every_length_is_noticed():
         Session(data + b"\0")
 
 
-def test_header_and_records_are_checked_behind_a_right_checksum():
+@pytest.mark.parametrize("name", MODELS)
+def test_header_and_records_are_checked_behind_a_right_checksum(name):
     """Every 32-bit field set to every value that makes trouble: an error or a model, never a crash."""
-    data = image(make_forecaster(2, 3, 1))
+    data = image(MODELS[name]())
     records = struct.unpack_from("<I", data, 24)[0]
     refused = 0
     for place in range(0, 64 + 64 * records, 4):
-        for value in (0, 1, 2, 3, 7, 64, 2**16, 2**24, 2**24 + 1, 2**31, 2**32 - 1):
+        for value in (0, 1, 2, 3, 4, 5, 6, 7, 64, 2**16, 2**24, 2**24 + 1, 2**31, 2**32 - 1):
             broken = bytearray(data)
             struct.pack_into("<I", broken, place, value)
             try:
@@ -234,7 +267,26 @@ def test_header_and_records_are_checked_behind_a_right_checksum():
                 continue
             # Window, horizon and the test vector's length may be anything that fits.
             session.run(np.zeros((3, session.model.input_size)))
-    assert refused > 800
+            session.forecast(np.zeros((3, session.model.input_size)))
+    assert refused > 130 * records
+
+
+def test_weights_that_are_not_finite_are_refused_wherever_they_lie():
+    data = image(whole_chain())
+    records = struct.unpack_from("<I", data, 24)[0]
+    tried = 0
+    for record in range(records):
+        (kind,) = struct.unpack_from("<I", data, 64 + 64 * record)
+        offset, size = struct.unpack_from("<2Q", data, 64 + 64 * record + 32)
+        if kind in (5, 6, 8):  # names and columns
+            continue
+        for place in range(offset, offset + size, 4):
+            broken = bytearray(data)
+            struct.pack_into("<f", broken, place, float("nan"))
+            with pytest.raises(ModelError, match="finite"):
+                Session(with_checksum(bytes(broken)))
+            tried += 1
+    assert tried > 500
 
 
 @pytest.mark.parametrize(

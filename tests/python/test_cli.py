@@ -76,6 +76,34 @@ def test_verify_rows_agree_to_the_bit(model, artifacts):
     assert all(row.latency > 0 for row in report.rows)
 
 
+def test_verify_covers_every_road(tmp_path):
+    model = make_forecaster(3, 5)
+    cellstep.save(model, tmp_path / "m.safetensors")
+    files = [tmp_path / name for name in ("m.pt", "m.pt2", "m.onnx", "m.pte", "m.cellstep")]
+    done = run_command("cellstep", "export", tmp_path / "m.safetensors", *files)
+    assert done.returncode == 0, done.stderr
+    done = run_command("cellstep", "export", tmp_path / "m.safetensors", tmp_path / "alone.pt", "--standalone")
+    assert done.returncode == 0, done.stderr
+    done = run_command("cellstep", "verify", "--compile", *files, tmp_path / "alone.pt")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in done.stdout.splitlines() if line[0] == "│"]
+    assert rows == [
+        ["eager, torch kernels", "-"],
+        ["eager, cellstep", "-"],
+        ["torch.compile", "-"],
+        ["Python", "m.pt"],
+        ["cellstep-run", "m.pt"],
+        ["Python", "m.pt2"],
+        ["cellstep-run", "m.pt2"],
+        ["onnxruntime", "m.onnx"],
+        ["ExecuTorch", "m.pte"],
+        ["Session", "m.cellstep"],
+        ["cellstep-embed", "m.cellstep"],
+        ["Python", "alone.pt"],
+        ["cellstep-run", "alone.pt"],
+    ]
+
+
 def test_verify_notices_another_models_artifact(model, artifacts, tmp_path):
     other = make_forecaster(seed=5)
     report = verify(other, [artifacts[".cellstep"]], random_steps(model, 20, 12).numpy())

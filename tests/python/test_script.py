@@ -1,5 +1,6 @@
 """TorchScript: every module at the top level, in a fresh process, with gradients, nested in a user's own module."""
 
+import re
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import make_forecaster, random_steps
 
+import cellstep
 from cellstep.nn import LSTM, LSTMCell
 
 CASES = {
@@ -106,6 +108,62 @@ def test_inside_a_users_own_scripted_module():
     scripted = torch.jit.script(module)
     assert torch.equal(scripted(x), module(x))
     assert torch.equal(torch.jit.freeze(scripted)(x), module(x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_optimised_for_inference(name):
+    module, x = CASES[name]()
+    optimised = torch.jit.optimize_for_inference(torch.jit.script(module.eval()))
+    for _ in range(3):
+        assert torch.equal(first(optimised(x)), first(module(x)))
+
+
+@pytest.mark.parametrize("standalone", [False, True])
+def test_no_device_is_baked_into_an_artifact(tmp_path, standalone):
+    """A device in the code of a file would pin the answers to it, wherever the module is moved after loading."""
+    cellstep.export(make_forecaster(3, 5), tmp_path / "model.pt", standalone=standalone)
+    module = torch.jit.load(tmp_path / "model.pt")
+    code = "".join(str(part.inlined_graph) for part in (module.forward, module.run, module.step, module.initial_state))
+    # The packed model asks whether it is on the CPU, where its operator is.
+    assert set(re.findall(r'Device = prim::Constant\[value="(\w+)', code)) == (set() if standalone else {"cpu"})
+    assert not [value for value in re.findall(r"prim::Constant\[value=(\S+)", code) if "Tensor" in value]
+    moved = torch.jit.load(tmp_path / "model.pt", map_location="meta")
+    assert {buffer.device.type for buffer in (*moved.buffers(), *moved.parameters())} == {"meta"}
+    if standalone:  # computes there; shapes are all that this device has
+        y, (h, c) = moved.run(torch.empty(2, 6, 3, device="meta"), moved.initial_state(2))
+        assert y.shape == (2, 6, 1) and {y.device.type, h.device.type, c.device.type} == {"meta"}
+
+
+def test_a_standalone_file_needs_no_operators(tmp_path):
+    model = make_forecaster(3, 5)
+    cellstep.export(model, tmp_path / "model.pt", standalone=True)
+    x = random_steps(model, 2, 6)
+    torch.save((x, model(x).detach()), tmp_path / "data.pt")
+    program = """
+import sys, torch, warnings
+warnings.simplefilter("ignore")
+module = torch.jit.load(sys.argv[1] + "/model.pt")
+assert "cellstep" not in sys.modules and not torch._C._dispatch_has_kernel("cellstep::lstm_layer")
+x, expected = torch.load(sys.argv[1] + "/data.pt")
+# Outputs span hundreds, and other kernels sum in another order.
+torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-3)
+y, state = module.step(x[:, 0], module.initial_state(2))
+assert y.shape == (2, 1) and module.double()(x.double()).dtype == torch.float64
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_saved_model_holds_no_state(tmp_path):
+    """A policy that is saved in the middle of a run begins anew when it is loaded."""
+    model = make_forecaster(3, 5)
+    x = random_steps(model, 2, 6)
+    scripted = torch.jit.script(model)
+    fresh = scripted(x)
+    scripted.run(x, scripted.initial_state(2))
+    torch.jit.save(scripted, tmp_path / "model.pt")
+    assert torch.equal(torch.jit.load(tmp_path / "model.pt")(x), fresh)
+    assert set(scripted.state_dict()) == set(model.state_dict())
 
 
 def test_scripted_errors_are_the_eager_ones():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from cellstep.formula import ACTIVATIONS, activate
 from cellstep.nn.dispatch import USE_OPS, has_kernel
@@ -228,11 +229,27 @@ class Chain(nn.Module):
         """Answer whole windows: (N, T, input_size) -> (N, output_size), or (N, T, output_size) for every step.
 
         Without a batch, (T, input_size), the answer has none either. ``lengths`` (N): the steps of each row, 0 allowed;
-        every step's answers past them are zero.
+        the answers of steps past them, and the one answer of a row without steps, are zero. A ``PackedSequence`` says
+        the same, and is answered by one if the model answers every step.
         """
+        if not torch.jit.is_scripting():
+            if isinstance(x, PackedSequence):
+                return self._forward_packed(x)
         windows = x if x.dim() == 3 else x.unsqueeze(0)
         y, _ = self.answer(windows, self.initial_state(windows.size(0)), lengths)
         return y if x.dim() == 3 else y.squeeze(0)
+
+    @torch.jit.unused
+    def _forward_packed(self, packed: PackedSequence):  # type: ignore[no-untyped-def]
+        x, lengths = pad_packed_sequence(packed, batch_first=True)
+        y, _ = self.answer(x, self.initial_state(x.size(0)), lengths.to(x.device))
+        if self.answers != "every":
+            return y
+        order = packed.sorted_indices
+        if order is not None:
+            y, lengths = y.index_select(0, order), lengths[order.cpu()]
+        data = pack_padded_sequence(y, lengths, batch_first=True).data
+        return PackedSequence(data, packed.batch_sizes, order, packed.unsorted_indices)
 
     @torch.jit.export
     def answer(
@@ -340,9 +357,13 @@ class Chain(nn.Module):
         y = y * self.output_scale + self.output_offset
         if len(self.skip_columns) > 0:
             y = y + torch.stack([skipped.select(-1, column) for column in self.skip_columns], -1)
-        if answers == "every" and lengths is not None:
-            steps = torch.arange(x.size(1), device=x.device).unsqueeze(0)
-            y = y.masked_fill((steps >= lengths.to(x.device).unsqueeze(1)).unsqueeze(2), 0.0)
+        if lengths is not None:
+            ends = lengths.to(x.device).unsqueeze(1)
+            if answers == "every":
+                steps = torch.arange(x.size(1), device=x.device).unsqueeze(0)
+                y = y.masked_fill((steps >= ends).unsqueeze(2), 0.0)
+            else:
+                y = y.masked_fill(ends == 0, 0.0)
         return y, (self._join(all_h), self._join(all_c))
 
 
