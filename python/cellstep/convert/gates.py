@@ -1,4 +1,4 @@
-"""Weights in and out: other people's layouts to a :class:`cellstep.nn.Forecaster` and back."""
+"""Stacks of hand-written cells that keep one matrix a gate."""
 
 import re
 from collections.abc import Mapping
