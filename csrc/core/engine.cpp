@@ -39,9 +39,11 @@ struct LstmLayer {
     std::size_t recurrent_size;
     std::size_t direction_count;
     bool residual;
+    bool cells;  ///< gives c behind h
     Direction<T> directions[2];
 
-    std::size_t output_size() const { return direction_count * recurrent_size; }
+    std::size_t h_columns() const { return direction_count * recurrent_size; }
+    std::size_t output_size() const { return h_columns() + (cells ? direction_count * hidden_size : 0); }
 };
 
 template <class T>
@@ -52,6 +54,7 @@ LstmLayer<T> lstm_layer(const Image& image, const ImageRecord& record) {
     layer.recurrent_size = record.sizes[2] ? record.sizes[2] : record.sizes[1];
     layer.direction_count = record.flags & LayerFlags::bidirectional ? 2 : 1;
     layer.residual = record.flags & LayerFlags::residual;
+    layer.cells = record.flags & LayerFlags::cells;
     const std::size_t units = layer.hidden_size;
     const T* data = image.data<T>(record);
     const auto take = [&data](bool there, std::size_t count) {
@@ -149,10 +152,28 @@ std::size_t widest_row(const Image& image) {
     for (const ImageRecord& record : image) {
         const bool lstm = kind_of(record) == RecordKind::lstm;
         if (!lstm && kind_of(record) != RecordKind::dense) continue;
-        const std::size_t size = lstm ? 2 * std::size_t{record.sizes[1]} : record.sizes[1];
+        const std::size_t parts = record.flags & LayerFlags::cells ? 4 : 2;
+        const std::size_t size = lstm ? parts * record.sizes[1] : record.sizes[1];
         widest = size > widest ? size : widest;
     }
     return widest;
+}
+
+/// hidden_size of the largest layer, and of the largest that gives its c.
+struct UnitCounts {
+    std::size_t all;
+    std::size_t with_cells;
+};
+
+UnitCounts largest_layers(const Image& image) {
+    UnitCounts counts{0, 0};
+    for (const ImageRecord& record : image) {
+        if (kind_of(record) != RecordKind::lstm) continue;
+        const std::size_t units = record.sizes[1];
+        if (units > counts.all) counts.all = units;
+        if ((record.flags & LayerFlags::cells) && units > counts.with_cells) counts.with_cells = units;
+    }
+    return counts;
 }
 
 /// The buffers of a call, two for rows between records.
@@ -160,6 +181,7 @@ template <class T>
 struct Buffers {
     T* rows[2];
     T* state;  ///< h and c of one layer and direction
+    T* cells;  ///< c of every step of one layer and direction that gives it
     T* layer;  ///< what layer_forward and variant_forward want
     int held;  ///< the buffer of rows that `current` lies in
     const T* current;
@@ -188,7 +210,8 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
         const std::ptrdiff_t last = static_cast<std::ptrdiff_t>(steps) - 1;
         x += last * x_step;
         y += last * y_step;
-        if (reset) reset += last * reset_step;
+        // A flag parts its step from the one before, so on the way back it counts for that one.
+        if (reset) reset += (last + 1) * reset_step;
         x_step = -x_step;
         y_step = -y_step;
         reset_step = -reset_step;
@@ -197,7 +220,7 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
     T* c = h + run.batch * layer.recurrent_size;
     copy_rows<T>(run.batch, layer.recurrent_size, h_rows.data, h_rows.stride, h, layer.recurrent_size);
     copy_rows<T>(run.batch, layer.hidden_size, c_rows.data, c_rows.stride, c, layer.hidden_size);
-    if (direction.plain && !reset) {
+    if (direction.plain && !reset && !layer.cells) {
         layer_forward<T>({steps,
                           run.batch,
                           layer.input_size,
@@ -217,6 +240,7 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
         masks.reset = reset;
         masks.reset_step_stride = reset_step;
         masks.reset_row_stride = run.reset_row_stride;
+        masks.reset_first = place;
         masks.initial_h = direction.initial_h;
         masks.initial_c = direction.initial_c;
         variant_forward<T>({steps,
@@ -229,13 +253,26 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
                             h,
                             c,
                             {y, y_step, y_row},
-                            nullptr,
+                            layer.cells ? buffers.cells : nullptr,
                             direction.options,
                             masks},
                            buffers.layer);
     }
+    if (layer.cells) {
+        T* to = y - place * layer.recurrent_size + layer.h_columns() + place * layer.hidden_size;
+        for (std::size_t step = 0; step < steps; ++step, to += y_step)
+            copy_rows<T>(run.batch, layer.hidden_size, buffers.cells + step * run.batch * layer.hidden_size,
+                         layer.hidden_size, to, layer.output_size());
+    }
     copy_rows<T>(run.batch, layer.recurrent_size, h, layer.recurrent_size, h_rows.data, h_rows.stride);
     copy_rows<T>(run.batch, layer.hidden_size, c, layer.hidden_size, c_rows.data, c_rows.stride);
+}
+
+/// Adds the input of a residual layer to the h that it gave.
+template <class T>
+void add_rows(std::size_t rows, const LstmLayer<T>& layer, const T* x, T* y) {
+    for (std::size_t row = 0; row < rows; ++row, x += layer.input_size, y += layer.output_size())
+        for (std::size_t at = 0; at < layer.input_size; ++at) y[at] += x[at];
 }
 
 /// x of one chunk as contiguous, scaled rows.
@@ -302,14 +339,13 @@ std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t bat
     if (steps == 0 || batch == 0) return 0;
     const std::size_t chunk = chunk_steps(image, steps, batch);
     std::size_t layer = 0;
-    std::size_t state = 0;
     for (const ImageRecord& record : image) {
         if (kind_of(record) != RecordKind::lstm) continue;
         const std::size_t needed = variant_scratch(chunk, batch, record.sizes[0], record.sizes[1]);
         layer = needed > layer ? needed : layer;
-        state = record.sizes[1] > state ? record.sizes[1] : state;
     }
-    return layer + 2 * batch * state + 2 * chunk * batch * widest_row(image);
+    const UnitCounts units = largest_layers(image);
+    return layer + chunk * batch * units.with_cells + 2 * batch * units.all + 2 * chunk * batch * widest_row(image);
 }
 
 template <class T>
@@ -339,10 +375,9 @@ void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
     buffers.rows[0] = scratch;
     buffers.rows[1] = scratch + chunk * run.batch * widest;
     buffers.state = scratch + 2 * chunk * run.batch * widest;
-    std::size_t largest_state = 0;
-    for (const ImageRecord& record : image)
-        if (kind_of(record) == RecordKind::lstm && record.sizes[1] > largest_state) largest_state = record.sizes[1];
-    buffers.layer = buffers.state + 2 * run.batch * largest_state;
+    const UnitCounts units = largest_layers(image);
+    buffers.cells = buffers.state + 2 * run.batch * units.all;
+    buffers.layer = buffers.cells + chunk * run.batch * units.with_cells;
 
     for (std::size_t begin = 0; begin < run.steps; begin += chunk) {
         const std::size_t steps = run.steps - begin < chunk ? run.steps - begin : chunk;
@@ -355,19 +390,24 @@ void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
 
         StatePlaces places(image, run.batch);
         StateRows<T> last_h[2] = {};
-        std::size_t directions = 0;
-        std::size_t recurrent = 0;
+        StateRows<T> last_c[2] = {};
+        LstmLayer<T> layer{};    // the last one so far
         bool recurring = false;  // past the first LSTM layer
         bool picked = false;     // past the last one: buffers.current holds the answered rows alone
         const auto pick = [&] {
             if (picked) return;
             picked = true;
-            const std::size_t width = directions * recurrent;
+            const std::size_t width = layer.output_size();
             if (run.answers == Answers::last) buffers.current += (steps - 1) * run.batch * width;
             if (run.answers != Answers::hidden) return;
-            for (std::size_t place = 0; place < directions; ++place)
-                copy_rows<T>(run.batch, recurrent, last_h[place].data, last_h[place].stride,
-                             buffers.other() + place * recurrent, width);
+            for (std::size_t place = 0; place < layer.direction_count; ++place) {
+                T* to = buffers.other();
+                copy_rows<T>(run.batch, layer.recurrent_size, last_h[place].data, last_h[place].stride,
+                             to + place * layer.recurrent_size, width);
+                if (layer.cells)
+                    copy_rows<T>(run.batch, layer.hidden_size, last_c[place].data, last_c[place].stride,
+                                 to + layer.h_columns() + place * layer.hidden_size, width);
+            }
             buffers.turn();
         };
         for (const ImageRecord& record : image) {
@@ -377,18 +417,16 @@ void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
                 run_dense<T>(image, record, recurring ? answered * run.batch : steps * run.batch, buffers);
             } else if (kind_of(record) == RecordKind::lstm) {
                 recurring = true;
-                const LstmLayer<T> layer = lstm_layer<T>(image, record);
+                layer = lstm_layer<T>(image, record);
                 T* y = buffers.other();
-                directions = layer.direction_count;
-                recurrent = layer.recurrent_size;
-                for (std::size_t place = 0; place < directions; ++place) {
+                for (std::size_t place = 0; place < layer.direction_count; ++place) {
                     last_h[place] = places.h(run.h);
-                    run_direction<T>(layer, place, run, begin, steps, buffers.current, last_h[place], places.c(run.c),
-                                     y, buffers);
+                    last_c[place] = places.c(run.c);
+                    run_direction<T>(layer, place, run, begin, steps, buffers.current, last_h[place], last_c[place], y,
+                                     buffers);
                     places.next(layer.recurrent_size, layer.hidden_size);
                 }
-                const std::size_t values = steps * run.batch * layer.output_size();
-                for (std::size_t at = 0; layer.residual && at < values; ++at) y[at] += buffers.current[at];
+                if (layer.residual) add_rows<T>(steps * run.batch, layer, buffers.current, y);
                 buffers.turn();
             }
         }

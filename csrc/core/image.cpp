@@ -164,10 +164,10 @@ bool records_fit(const Image& image, const unsigned char* bytes) {
             last_stage = place;
             if (kind == RecordKind::dense) width = record.sizes[1];
             if (kind == RecordKind::lstm) {
-                const std::uint64_t output = (record.sizes[2] ? record.sizes[2] : record.sizes[1]) *
-                                             std::uint64_t{record.flags & LayerFlags::bidirectional ? 2u : 1u};
+                const std::uint64_t directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
+                const std::uint64_t output = (record.sizes[2] ? record.sizes[2] : record.sizes[1]) * directions;
                 if ((record.flags & LayerFlags::residual) && output != width) return false;
-                width = output;
+                width = output + (record.flags & LayerFlags::cells ? record.sizes[1] * directions : 0);
             }
             if (kind == RecordKind::skip && !columns_fit(header, bytes + record.offset)) return false;
         } else if (kind == RecordKind::feature_names || kind == RecordKind::output_names) {

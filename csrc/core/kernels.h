@@ -83,6 +83,7 @@ struct LayerMasks {
     const unsigned char* reset = nullptr;  ///< (steps, batch) through its strides: rows to clear before the step
     std::ptrdiff_t reset_step_stride = 0;
     std::ptrdiff_t reset_row_stride = 0;
+    std::size_t reset_first = 0;   ///< the first step whose flags are read
     const T* initial_h = nullptr;  ///< (recurrent_size): what cleared rows get; null: zero
     const T* initial_c = nullptr;  ///< (hidden_size)
     const T* mask_h = nullptr;     ///< (batch, recurrent_size), times the h that comes back

@@ -246,7 +246,7 @@ inline void variant_sweep(const VariantSweep<T>& s) {
     T* masked_h = m + s.batch * units;
     T* projected = masked_h + s.batch * s.recurrent_size;
     for (std::size_t step = 0; step < s.steps; ++step) {
-        if (s.masks.reset) clear_rows<T>(s, step);
+        if (s.masks.reset && step >= s.masks.reset_first) clear_rows<T>(s, step);
         const T* h = s.h;
         if (s.masks.mask_h) {
             for (std::size_t at = 0; at < s.batch * s.recurrent_size; ++at) masked_h[at] = s.h[at] * s.masks.mask_h[at];

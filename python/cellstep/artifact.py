@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
@@ -17,6 +18,8 @@ State = tuple[Array, Array]
 
 class Artifact(ABC):
     """A model out of a file. State is (h, c), h (state_layers, N, h_size) and c (state_layers, N, c_size)."""
+
+    bidirectional = False  #: whether no call for a part of a sequence can stand for the whole
 
     def __init__(self, path: str, source: Any) -> None:
         self.path = path
@@ -87,21 +90,19 @@ class Artifact(ABC):
     ) -> tuple[Array, State]:
         """Carry streams on: (N, T, input_size) and a state give (N, T, output_size) and a state.
 
-        ``reset`` (N, T) bool: rows whose state is put to the initial one before the step.
+        ``reset`` (N, T) bool: rows whose state is put to the initial one before the step. ValueError: the model is
+        bidirectional, and a file of its kind cannot part a sequence.
         """
         steps = self._checked(x, 3)
         carried = self._checked_state(state, len(steps))
-        y = np.zeros((len(steps), steps.shape[1], self.output_size), self.dtype)
-        marks = np.zeros(y.shape[:2], bool) if reset is None else np.asarray(reset, bool)
-        if marks.shape != y.shape[:2]:
-            raise ValueError(f"expected reset of shape {y.shape[:2]}; got {marks.shape}; give a flag a row and step")
-        cuts = [0, *(k for k in np.flatnonzero(marks.any(0)) if k), steps.shape[1]]
-        for begin, end in pairwise(cuts):
-            if begin < end:
-                if marks[:, begin].any():
-                    carried = self.reset(carried, marks[:, begin])
-                y[:, begin:end], carried = self._run(steps[:, begin:end], carried)
-        return y, carried
+        marks = np.zeros(steps.shape[:2], bool) if reset is None else np.asarray(reset, bool)
+        if marks.shape != steps.shape[:2]:
+            raise ValueError(
+                f"expected reset of shape {steps.shape[:2]}; got {marks.shape}; give a flag a row and step"
+            )
+        if steps.shape[1] == 0:
+            return np.zeros((*steps.shape[:2], self.output_size), self.dtype), carried
+        return self._run_parted(steps, carried, marks) if marks.any() else self._run(steps, carried)
 
     def step(self, x: ArrayLike, state: tuple[ArrayLike, ArrayLike]) -> tuple[Array, State]:
         """Carry streams one step on: (N, input_size) and a state give (N, output_size) and a state."""
@@ -115,6 +116,21 @@ class Artifact(ABC):
     @abstractmethod
     def _run(self, x: Array, state: State) -> tuple[Array, State]:
         """Every step of at least one."""
+
+    def _run_parted(self, x: Array, state: State, reset: Array) -> tuple[Array, State]:
+        """Every step, with resets: a call for each stretch between them."""
+        if self.bidirectional:
+            raise ValueError(
+                f"expected no reset for '{self.path}', as its model is bidirectional; got one; "
+                "run each sequence by itself, or export as .pt or .cellstep"
+            )
+        y = np.empty((*x.shape[:2], self.output_size), self.dtype)
+        cuts = [0, *(k for k in np.flatnonzero(reset.any(0)) if k), x.shape[1]]
+        for begin, end in pairwise(cuts):
+            if reset[:, begin].any():
+                state = self.reset(state, reset[:, begin])
+            y[:, begin:end], state = self._run(x[:, begin:end], state)
+        return y, state
 
     def _window(self, x: Array) -> Array:
         return self._answer(x, self.initial_state(len(x)))[0]
@@ -170,7 +186,7 @@ class TorchArtifact(Artifact):
 
         with torch.inference_mode():
             h, c = self.module.initial_state(1)
-        return h.numpy(), c.numpy()
+        return h.detach().numpy(), c.detach().numpy()
 
     def _run(self, x: Array, state: State) -> tuple[Array, State]:
         return self._call(self.module.run, x, state)
@@ -178,17 +194,29 @@ class TorchArtifact(Artifact):
     def _answer(self, x: Array, state: State) -> tuple[Array, State]:
         return self._call(self.module.answer, x, state)
 
+    def _run_parted(self, x: Array, state: State, reset: Array) -> tuple[Array, State]:
+        import torch
+
+        return self._call(self.module.run, x, state, torch.tensor(reset))
+
     @staticmethod
-    def _call(method: Any, x: Array, state: State) -> tuple[Array, State]:
+    def _call(method: Any, x: Array, state: State, *more: Any) -> tuple[Array, State]:
         import torch
 
         with torch.inference_mode():
-            y, (h, c) = method(torch.tensor(x), (torch.tensor(state[0]), torch.tensor(state[1])))
+            y, (h, c) = method(torch.tensor(x), (torch.tensor(state[0]), torch.tensor(state[1])), *more)
         return y.numpy(), (h.numpy(), c.numpy())
 
 
 class PackageArtifact(TorchArtifact):
     """A compiled ``.pt2``."""
+
+    def __init__(self, path: str, module: Any) -> None:
+        super().__init__(path, module)
+        self.bidirectional = module.bidirectional
+
+    def _run_parted(self, x: Array, state: State, reset: Array) -> tuple[Array, State]:
+        return Artifact._run_parted(self, x, state, reset)
 
     def _window(self, x: Array) -> Array:
         import torch
@@ -206,6 +234,7 @@ class OnnxArtifact(Artifact):
         self.model = load_onnx(path)
         super().__init__(path, self.model)
         self.dtype = np.dtype(self.model.dtype)
+        self.bidirectional = self.model.bidirectional
 
     def _initial(self) -> State:
         return self.model.initial(1)
@@ -221,6 +250,12 @@ class OnnxArtifact(Artifact):
             answers.append(y)
         return np.stack(answers, 1), state
 
+    def _run_parted(self, x: Array, state: State, reset: Array) -> tuple[Array, State]:
+        if self.answers != "every" or not self.model.takes_reset:
+            return super()._run_parted(x, state, reset)
+        y, h, c = self.model.run_raw(x, *state, reset=reset)
+        return y, (h, c)
+
     def _answer(self, x: Array, state: State) -> tuple[Array, State]:
         y, h, c = self.model.run_raw(x, *state)
         return y, (h, c)
@@ -235,6 +270,7 @@ class ExecutorchArtifact(Artifact):
         self.program = load_executorch(path)
         super().__init__(path, self.program)
         self.dtype = np.dtype(str(self.program.dtype).removeprefix("torch."))
+        self.bidirectional = self.program.bidirectional
 
     def _initial(self) -> State:
         h, c = self.program.initial_state(1)
@@ -248,7 +284,7 @@ class ExecutorchArtifact(Artifact):
         return np.concatenate([np.empty((0, *every, self.output_size), self.dtype), *answers])[: len(x)]
 
     def _run(self, x: Array, state: State) -> tuple[Array, State]:
-        if self.program.bidirectional:
+        if self.bidirectional:
             raise ValueError(
                 f"expected windows of {self.program.steps} steps from the initial state, as the model of '{self.path}' "
                 f"is bidirectional and of one static size; got {x.shape[1]} steps from a state; export another size"
@@ -305,19 +341,25 @@ class DeployArtifact(Artifact):
         return h[:, None], c[:, None]
 
     def _run(self, x: Array, state: State) -> tuple[Array, State]:
-        return self._rows(x, state, self.session.run, (len(x), x.shape[1], self.output_size))
+        return self._run_parted(x, state, np.zeros(x.shape[:2], bool))
+
+    def _run_parted(self, x: Array, state: State, reset: Array) -> tuple[Array, State]:
+        def run(row: int) -> Array:
+            return self.session.run(x[row], reset[row] if reset[row].any() else None)
+
+        return self._rows(state, run, (len(x), x.shape[1], self.output_size))
 
     def _answer(self, x: Array, state: State) -> tuple[Array, State]:
         if self.answers == "every":
             return self._run(x, state)
-        return self._rows(x, state, self.session.forecast, (len(x), self.output_size))
+        return self._rows(state, lambda row: self.session.forecast(x[row]), (len(x), self.output_size))
 
-    def _rows(self, x: Array, state: State, call: Any, shape: tuple[int, ...]) -> tuple[Array, State]:
+    def _rows(self, state: State, call: Callable[[int], Array], shape: tuple[int, ...]) -> tuple[Array, State]:
         y = np.empty(shape, self.dtype)
         h, c = (part.copy() for part in state)
-        for row in range(len(x)):
+        for row in range(len(y)):
             self.session.state = (h[:, row], c[:, row])
-            y[row] = call(x[row])
+            y[row] = call(row)
             h[:, row], c[:, row] = self.session.state
         return y, (h, c)
 

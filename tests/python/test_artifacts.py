@@ -1,6 +1,7 @@
 """Artifacts: the same bits from each, names and scaling inside, and damaged files refused."""
 
 import copy
+import itertools
 import os
 import struct
 import subprocess
@@ -340,3 +341,36 @@ def test_selftest_notices_other_weights(artifacts):
             struct.pack_into("<f", data, offset, 5.0)
     with pytest.raises(ModelError, match="test vector in the file gives other numbers"):
         Session(with_checksum(bytes(data))).selftest()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".cellstep", ".safetensors", ".onnx"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_reset_parts_a_sequence(tmp_path, suffix, bidirectional):
+    """Rows of a batch parted at different steps are the pieces run by themselves."""
+    torch.manual_seed(0)
+    lstm = LSTM(3, 4, 2, bidirectional=bidirectional, learn_initial_state=True)
+    model = Chain(lstm, Dense(8 if bidirectional else 4, 2), answers="every").eval()
+    with torch.no_grad():
+        lstm.initial_h.normal_()
+        lstm.initial_c.normal_()
+    cellstep.export(model, tmp_path / f"m{suffix}", **({"reset": True} if suffix == ".onnx" else {}))
+    artifact = cellstep.load(tmp_path / f"m{suffix}")
+    x = torch.randn(3, 9, 3)
+    cuts = [[0, 9], [0, 4, 9], [0, 1, 8, 9]]
+    reset = np.zeros((3, 9), bool)
+    for row, places in enumerate(cuts):
+        reset[row, places[1:-1]] = True
+    y, _ = artifact.run(x, artifact.initial_state(3), reset)
+    with torch.no_grad():
+        for row, places in enumerate(cuts):
+            for begin, end in itertools.pairwise(places):
+                piece = model(x[row, begin:end]).numpy()
+                # onnxruntime sums in another order.
+                assert np.abs(y[row, begin:end] - piece).max() <= (2e-6 if suffix == ".onnx" else 0)
+
+
+def test_reset_of_a_bidirectional_model_is_refused_where_it_cannot_be(tmp_path):
+    cellstep.export(LSTM(3, 4, bidirectional=True), tmp_path / "m.onnx")
+    artifact = cellstep.load(tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="expected no reset"):
+        artifact.run(np.zeros((1, 4, 3)), artifact.initial_state(1), np.ones((1, 4), bool))

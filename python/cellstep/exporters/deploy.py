@@ -21,7 +21,7 @@ _VERSION = 2
 _ALIGNMENT = 64
 _PACKED = 1  # the layout of csrc/core/pack.h
 _INPUT_SCALING, _LSTM, _DENSE, _OUTPUT_SCALING, _FEATURE_NAMES, _OUTPUT_NAMES, _TEST_VECTOR, _SKIP = range(1, 9)
-_BIDIRECTIONAL, _PEEPHOLE, _LAYER_NORM, _COUPLED, _RESIDUAL, _INITIAL = (1 << bit for bit in range(6))
+_BIDIRECTIONAL, _PEEPHOLE, _LAYER_NORM, _COUPLED, _RESIDUAL, _INITIAL, _CELLS = (1 << bit for bit in range(7))
 _TEST_STEPS = 16
 #: Largest error that a self-test allows, relative to the largest output and its scale: float32 leaves some 1e-7 a
 #: step, and a wrong weight or a broken kernel gives far more.
@@ -80,6 +80,7 @@ def _lstm_record(lstm: LSTM, layer: int) -> _Record:
         | _COUPLED * lstm.coupled
         | _RESIDUAL * (lstm.residual and layer > 0)
         | _INITIAL * lstm.learn_initial_state
+        | _CELLS * (lstm.return_cell_states and layer + 1 == lstm.num_layers)
     )
     parts: list[_Array] = []
     directions = 2 if lstm.bidirectional else 1

@@ -2,14 +2,14 @@
 
 ``LSTM`` nodes say stacks, directions, peepholes, coupled gates, activations and lengths. Projections, zoneout, layer
 normalisation, a clipped cell (the ``clip`` of ONNX clips what goes into the activations), resets amid a sequence,
-and float64 (onnxruntime's ``LSTM`` is float32 alone) become a ``Scan`` over the steps for each direction of a layer,
-its body made of standard operators.
+cell states of every step, and float64 (onnxruntime's ``LSTM`` is float32 alone) become a ``Scan`` over the steps for
+each direction of a layer, its body made of standard operators.
 """
 
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ def export_onnx(
         input_names: other names for x, h and c, in this order.
         output_names: other names for y, h_n and c_n, in this order.
         lengths: add an input ``lengths`` (N) int32, 0 to T each: steps of a row from there on do not count.
-        reset: add an input ``reset`` (N, T) bool: where true, a row starts that step from the initial state.
+        reset: add an input ``reset`` (N, T) bool: where true, a new sequence begins in a row, from the initial state.
 
     Raises:
         ImportError: the package ``onnx`` is not there.
@@ -218,6 +218,7 @@ def _config(model: Chain) -> dict[str, Any]:
         "h_size": model.h_size,
         "c_size": model.c_size,
         "answers": model.answers,
+        "bidirectional": any(lstm.bidirectional for lstm in model.lstms),
         "feature_names": list(model.feature_names),
         "output_names": list(model.output_names),
         "window": model.window,
@@ -237,7 +238,7 @@ def _chain(graph: _Graph, model: Chain, inputs: list[str], lengths: str, reset: 
     x = graph("Transpose", x, perm=[1, 0, 2])
     ends = graph("Cast", lengths, to=TensorProto.INT64) if lengths else ""
     valid = _valid(graph, x, ends) if lengths else ""
-    resets = graph("Unsqueeze", graph("Transpose", reset, perm=[1, 0]), graph.sizes(2)) if reset else ""
+    resets = _resets(graph, reset, valid, any(lstm.bidirectional for lstm in model.lstms)) if reset else []
 
     layers = [(lstm, layer) for lstm in model.lstms for layer in range(lstm.num_layers)]
     directions = [2 if lstm.bidirectional else 1 for lstm, _ in layers]
@@ -255,14 +256,19 @@ def _chain(graph: _Graph, model: Chain, inputs: list[str], lengths: str, reset: 
     for (lstm, layer), count in zip(layers, directions, strict=True):
         at = slice(len(last_h), len(last_h) + count)
         state = h_pieces[at], c_pieces[at]
+        cells: _Pieces = []
         if reset or _needs_scan(lstm):
-            y, h_n, c_n = _scan_layer(graph, lstm, layer, x, *state, valid, resets)
+            y, h_n, c_n, cells = _scan_layer(graph, lstm, layer, x, *state, valid, resets)
         else:
             y, h_n, c_n = _lstm_node(graph, lstm, layer, x, *state, lengths)
-        x = graph("Add", y, x) if lstm.residual and layer > 0 else y
+        y = graph("Add", y, x) if lstm.residual and layer > 0 else y
+        x = graph.joined([y, *cells], 2)
         last_h += h_n
         last_c += c_n
-    y = _answer(graph, model, raw, x, last_h[-directions[-1] :], ends, valid)
+    final = last_h[-directions[-1] :]
+    if model.lstms[-1].return_cell_states:
+        final = final + last_c[-directions[-1] :]
+    y = _answer(graph, model, raw, x, final, ends, valid)
     return y, graph.joined(last_h, axis), graph.joined(last_c, axis)
 
 
@@ -273,7 +279,22 @@ def _valid(graph: _Graph, x: str, ends: str) -> str:
     return graph("Less", graph("Unsqueeze", places, graph.sizes(1, 2)), graph("Unsqueeze", ends, graph.sizes(1)))
 
 
-def _answer(graph: _Graph, model: Chain, raw: str, x: str, last_h: _Pieces, ends: str, valid: str) -> str:
+def _resets(graph: _Graph, reset: str, valid: str, both: bool) -> _Pieces:
+    """(T, N, 1) for each direction: whether the state is to be cleared before a step.
+
+    A flag parts its step from the one before in time, so on the way back it counts for that one.
+    """
+    forward = graph("Unsqueeze", graph("Transpose", reset, perm=[1, 0]), graph.sizes(2))
+    if not both:
+        return [forward]
+    inside = graph("And", forward, valid) if valid else forward
+    begin, one, axis, end = graph.sizes(0), graph.sizes(1), graph.sizes(0), graph.sizes(np.iinfo(np.int64).max)
+    first = graph("Slice", inside, begin, one, axis)
+    none = graph("And", first, graph("Not", first))
+    return [forward, graph("Concat", graph("Slice", inside, one, end, axis), none, axis=0)]
+
+
+def _answer(graph: _Graph, model: Chain, raw: str, x: str, final: _Pieces, ends: str, valid: str) -> str:
     """Heads, scaling and skipped columns of ``raw`` (N, T, input_size) on what the layers gave, (T, N, size)."""
 
     def last(sequence: str) -> str:
@@ -284,7 +305,7 @@ def _answer(graph: _Graph, model: Chain, raw: str, x: str, last_h: _Pieces, ends
         return graph("GatherND", sequence, graph("Unsqueeze", place, graph.sizes(1)), batch_dims=1)
 
     if model.answers == "hidden":
-        y = graph("Squeeze", graph.joined(last_h, 2), graph.sizes(0))
+        y = graph("Squeeze", graph.joined(final, 2), graph.sizes(0))
     else:
         y = graph("Transpose", x, perm=[1, 0, 2])
         y = last(y) if model.answers == "last" else y
@@ -343,6 +364,7 @@ def _needs_scan(lstm: LSTM) -> bool:
         or lstm.cell_clip > 0
         or lstm.zoneout_h > 0
         or lstm.zoneout_c > 0
+        or lstm.return_cell_states
         or lstm.weight_ih_l0.dtype == torch.float64
     )
 
@@ -405,22 +427,23 @@ def _gate(rows: _Array, order: str, hidden: int, coupled: bool) -> _Array:
 
 
 def _scan_layer(
-    graph: _Graph, lstm: LSTM, layer: int, x: str, h: _Pieces, c: _Pieces, valid: str, resets: str
-) -> tuple[str, _Pieces, _Pieces]:
-    """A layer as one Scan a direction; shapes as in :func:`_lstm_node`."""
+    graph: _Graph, lstm: LSTM, layer: int, x: str, h: _Pieces, c: _Pieces, valid: str, resets: _Pieces
+) -> tuple[str, _Pieces, _Pieces, _Pieces]:
+    """A layer as one Scan a direction; shapes as in :func:`_lstm_node`, and cells (T, N, H) if the layer gives them."""
     ends = [
         _scan(graph, lstm, layer, reverse, x, *state, valid, resets)
         for reverse, state in enumerate(zip(h, c, strict=True))
     ]
-    outputs, last_h, last_c = zip(*ends, strict=True)
-    return graph.joined(list(outputs), 2), list(last_h), list(last_c)
+    outputs, last_h, last_c, cells = zip(*ends, strict=True)
+    return graph.joined(list(outputs), 2), list(last_h), list(last_c), [part for part in cells if part]
 
 
 def _scan(
-    graph: _Graph, lstm: LSTM, layer: int, reverse: int, x: str, h: str, c: str, valid: str, resets: str
-) -> tuple[str, str, str]:
+    graph: _Graph, lstm: LSTM, layer: int, reverse: int, x: str, h: str, c: str, valid: str, resets: _Pieces
+) -> tuple[str, str, str, str]:
     from onnx import TensorProto, helper
 
+    want_cells = lstm.return_cell_states and layer + 1 == lstm.num_layers
     weights = _weights(lstm, layer, bool(reverse))
     element, hidden, recurrent = graph.element, lstm.hidden_size, lstm.proj_size or lstm.hidden_size
     body = graph.body()
@@ -433,7 +456,7 @@ def _scan(
     start_h, start_c = before_h, before_c
     sequences = [_projected(graph, x, weights, "ih")]
     if resets:
-        sequences.append(resets)
+        sequences.append(resets[reverse])
         clear = body.name("clear")
         inputs[clear] = (TensorProto.BOOL, 1)
         place = layer * (2 if lstm.bidirectional else 1) + reverse
@@ -449,22 +472,28 @@ def _scan(
         after_h, after_c = body("Where", counts, after_h, before_h), body("Where", counts, after_c, before_c)
     y = body("Identity", after_h)
 
-    def values(specs: dict[str, tuple[int, int]]) -> list[Any]:
+    def values(specs: Mapping[str, tuple[int, int]]) -> list[Any]:
         return [helper.make_tensor_value_info(name, kind, ["N", size]) for name, (kind, size) in specs.items()]
 
-    outputs = values({after_h: (element, recurrent), after_c: (element, hidden), y: (element, recurrent)})
+    outputs = {after_h: (element, recurrent), after_c: (element, hidden), y: (element, recurrent)}
+    if want_cells:
+        outputs[body("Identity", after_c)] = element, hidden
     first = graph.sizes(0)
-    last_h, last_c, y = graph.add(
+    last_h, last_c, y, *cells = graph.add(
         "Scan",
         graph("Squeeze", h, first),
         graph("Squeeze", c, first),
         *sequences,
-        outputs=3,
-        body=helper.make_graph(body.nodes, graph.name("step"), values(inputs), outputs),
+        outputs=len(outputs),
+        body=helper.make_graph(body.nodes, graph.name("step"), values(inputs), values(outputs)),
         num_scan_inputs=len(sequences),
-        **({"scan_input_directions": [1] * len(sequences), "scan_output_directions": [1]} if reverse else {}),
+        **(
+            {"scan_input_directions": [1] * len(sequences), "scan_output_directions": [1] * (len(outputs) - 2)}
+            if reverse
+            else {}
+        ),
     )
-    return y, graph("Unsqueeze", last_h, first), graph("Unsqueeze", last_c, first)
+    return y, graph("Unsqueeze", last_h, first), graph("Unsqueeze", last_c, first), "".join(cells)
 
 
 def _projected(graph: _Graph, x: str, weights: _Weights, side: str) -> str:
@@ -528,6 +557,8 @@ class OnnxModel:
         self.h_size = int(config["h_size"])
         self.c_size = int(config["c_size"])
         self.answers = str(config["answers"])
+        self.bidirectional = bool(config["bidirectional"])
+        self.takes_reset = "reset" in self._inputs[3:]
         self.feature_names = [str(name) for name in config["feature_names"]]
         self.output_names = [str(name) for name in config["output_names"]]
         self.window = int(config["window"])

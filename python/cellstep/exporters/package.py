@@ -86,6 +86,7 @@ def _metadata(model: Chain, chain: PackedChain) -> dict[str, str]:
         **numbers,
         **state,
         "answers": model.answers,
+        "bidirectional": str(any(lstm.bidirectional for lstm in model.lstms)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "feature_names": json.dumps(model.feature_names),
         "output_names": json.dumps(model.output_names),
@@ -110,6 +111,7 @@ class Package:
         self.window = int(metadata["window"])
         self.horizon = int(metadata["horizon"])
         self.answers = metadata["answers"]
+        self.bidirectional = metadata["bidirectional"] == "True"
         self.feature_names: list[str] = json.loads(metadata["feature_names"])
         self.output_names: list[str] = json.loads(metadata["output_names"])
         self.dtype: torch.dtype = getattr(torch, metadata["dtype"])

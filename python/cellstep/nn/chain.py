@@ -97,6 +97,8 @@ class Chain(nn.Module):
     ``heads * output_scale + output_offset``, plus the skipped columns of x as it came. :meth:`set_scaling` fills the
     four buffers from means and standard deviations. A chain is batch first, whatever its LSTMs are.
 
+    An LSTM with ``return_cell_states`` hands its outputs and its cell states on, side by side.
+
     The state is (h, c). Where all LSTM layers have the same sizes it is shaped as torch shapes it, (layers and
     directions, N, size); otherwise the values of all layers lie side by side, (1, N, sum of the sizes).
 
@@ -162,9 +164,6 @@ class Chain(nn.Module):
                     f"{needed}; change one of the sizes"
                 )
             width = gives
-        for lstm in lstms:
-            if lstm.return_cell_states:
-                raise ValueError("expected LSTMs with return_cell_states=False; got one with it; leave it out")
         self.input_size = first
         self.output_size = width
         self.answers = answers
@@ -329,12 +328,18 @@ class Chain(nn.Module):
             marks = reset
             if marks is not None and not batch_first:
                 marks = marks.transpose(0, 1)
-            y, state = lstm(y if batch_first else y.transpose(0, 1), (h_part, c_part), lengths, marks)
+            sequence = y if batch_first else y.transpose(0, 1)
+            if lstm.return_cell_states:
+                y, state, cells = lstm(sequence, (h_part, c_part), lengths, marks)
+                y = torch.cat([y, cells], 2)
+                final = torch.cat([_last_layer(part, lstm.bidirectional) for part in state], 1)
+            else:
+                y, state = lstm(sequence, (h_part, c_part), lengths, marks)
+                final = _last_layer(state[0], lstm.bidirectional)
             if not batch_first:
                 y = y.transpose(0, 1)
             all_h.append(state[0])
             all_c.append(state[1])
-            final = state[0][-1] if not lstm.bidirectional else torch.cat([state[0][-2], state[0][-1]], 1)
 
         skipped = x
         if answers == "last":
@@ -367,10 +372,16 @@ class Chain(nn.Module):
         return y, (self._join(all_h), self._join(all_c))
 
 
+def _last_layer(state: Tensor, bidirectional: bool) -> Tensor:
+    """The last layer's part of h or c, directions side by side."""
+    return torch.cat([state[-2], state[-1]], 1) if bidirectional else state[-1]
+
+
 def _widths(stage: "Scale | Dense | LSTM | Unscale") -> tuple[int, int]:
     """Values a step that a stage takes and gives."""
     if isinstance(stage, LSTM):
-        return stage.input_size, (stage.proj_size or stage.hidden_size) * (2 if stage.bidirectional else 1)
+        values = (stage.proj_size or stage.hidden_size) + (stage.hidden_size if stage.return_cell_states else 0)
+        return stage.input_size, values * (2 if stage.bidirectional else 1)
     if isinstance(stage, Dense):
         return stage.in_features, stage.out_features
     return len(stage), len(stage)
