@@ -1,6 +1,6 @@
-/// Gradients of lstm_layer, lstm_cell and dense for programs without Python, equal to those that python/cellstep/ops.py
-/// registers. What has a formula on torch's operators there, namely gradients of gradients, lstm_variant and activate,
-/// is an error here.
+/// Gradients of the operators for programs without Python, equal to those that python/cellstep/ops.py registers. Those
+/// of lstm_layer and lstm_cell are kernels; gradients of gradients and those of lstm_variant differentiate the formula
+/// on torch's own operators.
 #include "cellstep/autograd.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -12,16 +12,22 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "cellstep/ops.h"
+#include "formula.h"
 
 namespace {
 
 using at::Tensor;
+using cellstep::autograd::layer_tensor_count;
+using cellstep::autograd::LayerOptions;
+using cellstep::autograd::LayerTensors;
+using cellstep::autograd::lstm_steps_gradients;
 using torch::autograd::AutogradContext;
 using torch::autograd::compute_requires_grad;
 using torch::autograd::Function;
@@ -62,6 +68,12 @@ Tensor dense_values(const Tensor& x, const Tensor& weight, const Optional& bias)
     return values.call(x, weight, bias);
 }
 
+Tensor activate_values(const Tensor& x, std::int64_t activation) {
+    static const auto values = op<Tensor(const Tensor&, std::int64_t)>("cellstep::activate");
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return values.call(x, activation);
+}
+
 /// An absent bias is saved as an undefined tensor.
 Optional as_optional(const Tensor& tensor) { return tensor.defined() ? Optional(tensor) : std::nullopt; }
 
@@ -69,11 +81,17 @@ Tensor or_zeros(const Tensor& gradient, const Tensor& like) {
     return gradient.defined() ? gradient : at::zeros_like(like);
 }
 
-/// For every argument of the forward operator the gradient, or an undefined tensor; either bias has the same one.
+/// For every argument of a forward operator the gradient, or an undefined tensor; either bias has the same one.
 variable_list gradients(const Six& found, const Tensor& bias_ih, const Tensor& bias_hh) {
     const auto& [x, h, c, weight_ih, weight_hh, bias] = found;
     const Tensor none;
     return {x, h, c, weight_ih, weight_hh, bias_ih.defined() ? bias : none, bias_hh.defined() ? bias : none, none};
+}
+
+/// The same by the formula, differentiable themselves.
+variable_list plain_gradients(const LayerTensors& tensors, const cellstep::autograd::LayerResults& grads) {
+    const LayerTensors found = lstm_steps_gradients(tensors, {}, grads);
+    return {found[0], found[1], found[2], found[3], found[4], found[5], found[6], Tensor()};
 }
 
 struct LstmLayer : Function<LstmLayer> {
@@ -99,14 +117,17 @@ struct LstmLayer : Function<LstmLayer> {
         const Tensor &x = saved[0], &h = saved[1], &c = saved[2], &weight_ih = saved[3], &weight_hh = saved[4];
         const Tensor &bias_ih = saved[5], &bias_hh = saved[6], &y = saved[7];
         Tensor gates = saved[8], cells = saved[9];
-        Optional grad_cells = as_optional(grads[4]);
-        if (!ctx->saved_data["save"].toBool()) {
+        const bool save = ctx->saved_data["save"].toBool();
+        // Without `save` it is that of the empty tensor which was given out as cells.
+        const Tensor grad_cells = save ? grads[4] : Tensor();
+        if (at::GradMode::is_enabled())
+            return plain_gradients({x, h, c, weight_ih, weight_hh, bias_ih, bias_hh},
+                                   {grads[0], grads[1], grads[2], grad_cells});
+        if (!save)
             std::tie(std::ignore, std::ignore, std::ignore, gates, cells) = lstm_layer_values(
                 x, h, c, weight_ih, weight_hh, as_optional(bias_ih), as_optional(bias_hh), /*save=*/true);
-            grad_cells = std::nullopt;  // it is that of the empty tensor which was given out as cells
-        }
         return gradients(differentiate.call(or_zeros(grads[0], y), or_zeros(grads[1], h), or_zeros(grads[2], c),
-                                            grad_cells, x, h, c, weight_ih, weight_hh, y, gates, cells),
+                                            as_optional(grad_cells), x, h, c, weight_ih, weight_hh, y, gates, cells),
                          bias_ih, bias_hh);
     }
 };
@@ -132,6 +153,12 @@ struct LstmCell : Function<LstmCell> {
         const Tensor &x = saved[0], &h = saved[1], &c = saved[2], &weight_ih = saved[3], &weight_hh = saved[4];
         const Tensor &bias_ih = saved[5], &bias_hh = saved[6], &c_next = saved[7];
         Tensor gates = saved[8];
+        if (at::GradMode::is_enabled()) {
+            variable_list found = plain_gradients({x.unsqueeze(0), h, c, weight_ih, weight_hh, bias_ih, bias_hh},
+                                                  {Tensor(), grads[0], grads[1], Tensor()});
+            if (found[0].defined()) found[0] = found[0].squeeze(0);
+            return found;
+        }
         if (!ctx->saved_data["save"].toBool())
             std::tie(std::ignore, std::ignore, gates) = lstm_cell_values(
                 x, h, c, weight_ih, weight_hh, as_optional(bias_ih), as_optional(bias_hh), /*save=*/true);
@@ -158,6 +185,62 @@ struct Dense : Function<Dense> {
     }
 };
 
+struct Activate : Function<Activate> {
+    static Tensor forward(AutogradContext* ctx, const Tensor& x, std::int64_t activation) {
+        const Tensor y = activate_values(x, activation);
+        ctx->save_for_backward({y});
+        ctx->saved_data["activation"] = activation;
+        return y;
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const std::int64_t activation = ctx->saved_data["activation"].toInt();
+        return {cellstep::autograd::activate_backward(grads[0], ctx->get_saved_variables()[0], activation), Tensor()};
+    }
+};
+
+/// Runs an operator on the arguments that lie on the stack, which it takes from there.
+variable_list run_boxed(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    operation.callBoxed(stack);
+    variable_list results;
+    for (c10::IValue& value : torch::jit::pop(*stack, operation.schema().returns().size()))
+        results.push_back(std::move(value).toTensor());
+    return results;
+}
+
+struct LstmVariant : Function<LstmVariant> {
+    /// The first argument tells torch which tensors there are; the stack has all arguments.
+    static variable_list forward(AutogradContext* ctx, at::TensorList, const c10::OperatorHandle& operation,
+                                 torch::jit::Stack* stack) {
+        const auto arguments = torch::jit::last(*stack, operation.schema().arguments().size());
+        variable_list tensors;
+        for (const c10::IValue& value : arguments.slice(0, layer_tensor_count))
+            tensors.push_back(value.isTensor() ? value.toTensor() : Tensor());
+        ctx->save_for_backward(std::move(tensors));
+        ctx->saved_data["options"] = c10::ivalue::Tuple::create(arguments.slice(layer_tensor_count).vec());
+        ctx->set_materialize_grads(false);
+        return run_boxed(operation, stack);
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        LayerTensors tensors;
+        variable_list saved = ctx->get_saved_variables();
+        std::move(saved.begin(), saved.end(), tensors.begin());
+        const auto given = ctx->saved_data["options"].toTupleRef().elements().vec();
+        const LayerOptions options{given[0].toBool(), given[1].toDouble(), given[2].toDouble(), given[3].toDouble(),
+                                   given[4].toInt(),  given[5].toInt(),    given[6].toInt()};
+        const bool save_cells = given[7].toBool();
+        const LayerTensors found =
+            lstm_steps_gradients(tensors, options, {grads[0], grads[1], grads[2], save_cells ? grads[3] : Tensor()});
+        variable_list gradients;
+        for (std::size_t place = 0; place < layer_tensor_count; ++place)
+            if (tensors[place].defined()) gradients.push_back(found[place]);
+        gradients.resize(gradients.size() + 2);  // none for the operator and for the stack
+        return gradients;
+    }
+};
+
 Five lstm_layer(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih, const Tensor& weight_hh,
                 const Optional& bias_ih, const Optional& bias_hh, bool save) {
     if (!compute_requires_grad(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh))
@@ -178,46 +261,39 @@ Tensor dense(const Tensor& x, const Tensor& weight, const Optional& bias) {
     return compute_requires_grad(x, weight, bias) ? Dense::apply(x, weight, bias) : dense_values(x, weight, bias);
 }
 
-/// Any operator, with results whose gradient is an error, so that it never is silently missing.
-struct WithoutGradient : Function<WithoutGradient> {
-    static variable_list forward(AutogradContext* ctx, at::TensorList, const c10::OperatorHandle& operation,
-                                 torch::jit::Stack* stack, const char* error) {
-        ctx->saved_data["error"] = error;
-        operation.callBoxed(stack);
-        variable_list results;
-        for (c10::IValue& value : torch::jit::pop(*stack, operation.schema().returns().size()))
-            results.push_back(std::move(value).toTensor());
-        return results;
-    }
+Tensor activate(const Tensor& x, std::int64_t activation) {
+    return compute_requires_grad(x) ? Activate::apply(x, activation) : activate_values(x, activation);
+}
 
-    static variable_list backward(AutogradContext* ctx, const variable_list&) {
-        throw std::runtime_error(ctx->saved_data["error"].toStringRef());
-    }
-};
-
-template <const char* error>
-void without_gradient(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
+/// Any operator by its arguments on the stack, with its gradients as F has them.
+template <class F>
+void boxed(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
     variable_list arguments;
     for (const c10::IValue& value : torch::jit::last(*stack, operation.schema().arguments().size()))
-        if (value.isTensor()) arguments.push_back(value.toTensor());
-    const bool track = compute_requires_grad(at::TensorList(arguments));
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    if (!track) return operation.callBoxed(stack);
-    const at::TensorList tracked(arguments);
-    for (Tensor& result : WithoutGradient::apply(tracked, operation, stack, error)) stack->push_back(std::move(result));
+        if (value.isTensor() && value.toTensor().defined()) arguments.push_back(value.toTensor());
+    const at::TensorList tensors(arguments);
+    for (Tensor& result :
+         compute_requires_grad(tensors) ? F::apply(tensors, operation, stack) : run_boxed(operation, stack))
+        stack->push_back(std::move(result));
 }
+
+/// Results whose gradient is an error, so that it never is silently missing.
+template <const char* error>
+struct WithoutGradient : Function<WithoutGradient<error>> {
+    static variable_list forward(AutogradContext*, at::TensorList, const c10::OperatorHandle& operation,
+                                 torch::jit::Stack* stack) {
+        return run_boxed(operation, stack);
+    }
+
+    static variable_list backward(AutogradContext*, const variable_list&) { throw std::runtime_error(error); }
+};
 
 constexpr char run_model_error[] =
     "cellstep::run_model: expected no backward pass through an exported model; got one; train the module that was "
     "exported";
-constexpr char lstm_variant_error[] =
-    "cellstep::lstm_variant: expected no backward pass through a layer with options; got one; train such a layer in "
-    "Python, where cellstep.ops has its gradient";
-constexpr char activate_error[] =
-    "cellstep::activate: expected no backward pass; got one; use torch's own activations where gradients are wanted";
-constexpr char second_gradient_error[] =
-    "cellstep::autograd: expected one backward pass through an LSTM; got a second one through its gradients; take "
-    "gradients of gradients in Python, where cellstep.ops has them, or leave out create_graph";
+constexpr char backward_operator_error[] =
+    "cellstep::autograd: expected no backward pass through a call of lstm_layer_backward or lstm_cell_backward; got "
+    "one; call lstm_layer or lstm_cell and let autograd differentiate it twice";
 
 std::optional<torch::Library> library;
 
@@ -243,12 +319,13 @@ std::string register_gradients() noexcept {
         library->impl("lstm_layer", TORCH_FN(lstm_layer));
         library->impl("lstm_cell", TORCH_FN(lstm_cell));
         library->impl("dense", TORCH_FN(dense));
-        library->impl("activate", torch::CppFunction::makeFromBoxedFunction<without_gradient<activate_error>>());
-        library->impl("lstm_variant",
-                      torch::CppFunction::makeFromBoxedFunction<without_gradient<lstm_variant_error>>());
-        library->impl("run_model", torch::CppFunction::makeFromBoxedFunction<without_gradient<run_model_error>>());
+        library->impl("activate", TORCH_FN(activate));
+        library->impl("lstm_variant", torch::CppFunction::makeFromBoxedFunction<boxed<LstmVariant>>());
+        library->impl("run_model",
+                      torch::CppFunction::makeFromBoxedFunction<boxed<WithoutGradient<run_model_error>>>());
         for (const char* name : {"lstm_layer_backward", "lstm_cell_backward"})
-            library->impl(name, torch::CppFunction::makeFromBoxedFunction<without_gradient<second_gradient_error>>());
+            library->impl(name,
+                          torch::CppFunction::makeFromBoxedFunction<boxed<WithoutGradient<backward_operator_error>>>());
         return {};
     } catch (const c10::Error& error) {
         library.reset();

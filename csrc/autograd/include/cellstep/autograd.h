@@ -1,10 +1,10 @@
 /// cellstep/autograd.h: gradients of cellstep's operators for libtorch programs that train.
 ///
-/// Loading the library registers them for cellstep::lstm_layer and lstm_cell, once differentiable, and for dense; a
-/// backward pass through another operator is an error. In Python cellstep.ops registers its own, and only one
-/// registration may be active in a process: where there is one already, this library leaves it alone and has an error
-/// instead, which Python raises from torch.ops.load_library (in the main thread, whichever loads it) and a C++ program
-/// finds below. Link the CMake target cellstep::autograd, which brings cellstep::ops.
+/// Loading the library registers them for every operator that a layer calls, differentiable themselves; a backward pass
+/// through run_model is an error. In Python cellstep.ops registers its own, and only one registration may be active in
+/// a process: where there is one already, this library leaves it alone and has an error instead, which Python raises
+/// from torch.ops.load_library (in the main thread, whichever loads it) and a C++ program finds below. Link the CMake
+/// target cellstep::autograd, which brings cellstep::ops.
 #pragma once
 
 #ifdef __cplusplus
