@@ -34,7 +34,25 @@ _Ctx = Any
 _Grads = tuple[Tensor | None, ...]
 
 
-@torch.library.register_fake("cellstep::lstm_cell")
+def _register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what tells shapes, and refuses devices that differ: with one argument on the meta device it would else
+    answer uninitialised memory for the ones that have values."""
+
+    def register(shapes: Callable[..., Any]) -> Callable[..., Any]:
+        def fake(*arguments: Any) -> Any:
+            devices = {tensor.device for tensor in arguments if isinstance(tensor, Tensor)}
+            if len(devices) > 1:
+                found = " and ".join(sorted(map(str, devices)))
+                raise RuntimeError(f"{name}: expected all tensors on one device; got {found}; move them to one")
+            return shapes(*arguments)
+
+        torch.library.register_fake(f"cellstep::{name}", fake)
+        return shapes
+
+    return register
+
+
+@_register_fake("lstm_cell")
 def _(
     x: Tensor,
     h: Tensor,
@@ -49,7 +67,7 @@ def _(
     return x.new_empty(n, units), x.new_empty(n, units), x.new_empty((n, 4 * units) if save else (0,))
 
 
-@torch.library.register_fake("cellstep::lstm_layer")
+@_register_fake("lstm_layer")
 def _(
     x: Tensor,
     h: Tensor,
@@ -76,7 +94,7 @@ def _gradient_shapes(x: Tensor, h: Tensor, c: Tensor, weight_ih: Tensor, weight_
     return (*like, x.new_empty(weight_ih.shape[0]))
 
 
-@torch.library.register_fake("cellstep::lstm_cell_backward")
+@_register_fake("lstm_cell_backward")
 def _(
     grad_h: Tensor,
     grad_c: Tensor,
@@ -91,7 +109,7 @@ def _(
     return _gradient_shapes(x, h, c, weight_ih, weight_hh)
 
 
-@torch.library.register_fake("cellstep::lstm_layer_backward")
+@_register_fake("lstm_layer_backward")
 def _(
     grad_y: Tensor,
     grad_h: Tensor,
@@ -109,17 +127,17 @@ def _(
     return _gradient_shapes(x, h, c, weight_ih, weight_hh)
 
 
-@torch.library.register_fake("cellstep::dense")
+@_register_fake("dense")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake("cellstep::activate")
+@_register_fake("activate")
 def _(x: Tensor, activation: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("cellstep::run_model")
+@_register_fake("run_model")
 def _(
     image: Tensor,
     x: Tensor,
@@ -138,7 +156,7 @@ def _(
     )
 
 
-@torch.library.register_fake("cellstep::lstm_variant")
+@_register_fake("lstm_variant")
 def _(x: Tensor, h: Tensor, c: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t, n, _ = x.shape
     save_cells = rest[-1]
@@ -157,37 +175,38 @@ _DIFFERENTIABLE = [
 ]
 _NO_GRADIENT = _DIFFERENTIABLE.index("reset")
 _TENSORS = len(_DIFFERENTIABLE) + 4  # and four masks
+#: What a layer without options has: the tensors before ``weight_hr``, and these.
+_PLAIN_TENSORS = _DIFFERENTIABLE.index("weight_hr")
+_PLAIN_OPTIONS = [False, 0.0, 0.0, 0.0, *PLAIN_ACTIVATIONS]
 
 # Its backward pass is an operator as well, so that torch.compile and torch.export see one call and not its steps.
 _library = torch.library.Library("cellstep", "FRAGMENT")
 _library.define(
     "lstm_variant_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor? grad_cells, Tensor y, Tensor cells, "
     + str(torch.ops.cellstep.lstm_variant.default._schema).split("(", 1)[1].rsplit(", bool save_cells)", 1)[0]
-    + ") -> Tensor[]"
+    + f") -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})"
 )
 
 
-def _variant_backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of the tensors that are there, in their order, without ``reset`` and the masks."""
+@_register_fake("lstm_variant_backward")
+def _gradients_of_variant(*arguments: Any) -> tuple[Tensor, ...]:
+    """Uninitialised: one for each of :data:`_DIFFERENTIABLE`, of no values for ``reset`` and for what is not there."""
     tensors = arguments[6 : 6 + len(_DIFFERENTIABLE)]
-    found = lstm_steps_backward(*arguments)
-    wanted = [
-        (name, tensor)
-        for name, tensor in zip(_DIFFERENTIABLE, tensors, strict=True)
-        if tensor is not None and name != "reset"
-    ]
-    # Each output is memory of its own, as torch asks of an operator.
-    return [found[name].clone() if name in found else torch.zeros_like(tensor) for name, tensor in wanted]
-
-
-@torch.library.register_fake("cellstep::lstm_variant_backward")
-def _(*arguments: Any) -> list[Tensor]:
-    tensors = arguments[6 : 6 + len(_DIFFERENTIABLE)]
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return tuple(
+        tensors[0].new_empty(0)
+        if tensor is None or place == _NO_GRADIENT
+        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for place, tensor in enumerate(tensors)
-        if tensor is not None and place != _NO_GRADIENT
-    ]
+    )
+
+
+def _variant_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    found = lstm_steps_backward(*arguments)
+    # Each output is memory of its own, as torch asks of an operator.
+    return tuple(
+        target.copy_(found[name]) if target.numel() and name in found else target.zero_()
+        for name, target in zip(_DIFFERENTIABLE, _gradients_of_variant(*arguments), strict=True)
+    )
 
 
 _library.impl("lstm_variant_backward", _variant_backward, "CompositeExplicitAutograd")
@@ -196,7 +215,7 @@ _library.impl("lstm_variant_backward", _variant_backward, "CompositeExplicitAuto
 def _plain_steps(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     """:func:`lstm_steps` without options: y, h, c and c of every step."""
     nothing = [None] * (_TENSORS - len(tensors))
-    return lstm_steps(*tensors, *nothing, False, 0.0, 0.0, 0.0, *PLAIN_ACTIVATIONS)  # type: ignore[arg-type, call-arg]
+    return lstm_steps(*tensors, *nothing, *_PLAIN_OPTIONS)  # type: ignore[arg-type]
 
 
 def _differentiable_gradients(steps: Callable[..., tuple[Tensor, ...]], grads: _Grads, inputs: _Grads) -> _Grads:
@@ -204,7 +223,10 @@ def _differentiable_gradients(steps: Callable[..., tuple[Tensor, ...]], grads: _
     with torch.enable_grad():
         # Aliases, so that the gradient stops at the layer's inputs and does not run on through their own history.
         aliases = [None if t is None else t.view_as(t) for t in inputs]
-        pairs = [(out, grad) for out, grad in zip(steps(*aliases), grads, strict=True) if grad is not None]
+        results = zip(steps(*aliases), grads, strict=True)
+        pairs = [(out, grad) for out, grad in results if grad is not None and out.requires_grad]
+        if not pairs:
+            return (None,) * len(inputs)
         outputs, given = zip(*pairs, strict=True)
         wanted = [t for t in aliases if t is not None and t.requires_grad]
         found = torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True)
@@ -234,6 +256,19 @@ def _layer_backward(
         return (*_differentiable_gradients(_plain_steps, (grad_y, grad_h, grad_c, grad_cells), tuple(inputs)), None)
     if not ctx.saved:
         _, _, _, gates, cells = torch.ops.cellstep.lstm_layer(*inputs, True)
+    return (*_layer_gradients(grad_y, grad_h, grad_c, grad_cells, inputs, y, gates, cells), None)
+
+
+def _layer_gradients(
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    grad_cells: Tensor | None,
+    inputs: list[Tensor],
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+) -> _Grads:
     *to_tensors, to_bias = torch.ops.cellstep.lstm_layer_backward(
         _or_zeros(grad_y, y),
         _or_zeros(grad_h, inputs[1]),
@@ -244,7 +279,7 @@ def _layer_backward(
         gates,
         cells,
     )
-    return (*to_tensors, *(None if bias is None else to_bias for bias in inputs[5:]), None)
+    return (*to_tensors, *(None if bias is None else to_bias for bias in inputs[5:]))
 
 
 def _setup_cell(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -292,21 +327,22 @@ def _layer_of_options_backward(
         return (*_differentiable_gradients(steps, (grad_y, grad_h, grad_c, grad_cells), tensors), *nothing)
     if not ctx.saved:
         _, _, _, cells = torch.ops.cellstep.lstm_variant(*inputs, *ctx.options, True)
-    found = iter(
-        torch.ops.cellstep.lstm_variant_backward(
-            _or_zeros(grad_y, y),
-            _or_zeros(grad_h, inputs[1]),
-            _or_zeros(grad_c, inputs[2]),
-            grad_cells,
-            y,
-            cells,
-            *inputs,
-            *ctx.options,
-        )
+    if ctx.options == _PLAIN_OPTIONS and all(tensor is None for tensor in inputs[_PLAIN_TENSORS:]):
+        _, _, _, gates, _ = torch.ops.cellstep.lstm_layer(*inputs[:_PLAIN_TENSORS], True)
+        plain = _layer_gradients(grad_y, grad_h, grad_c, grad_cells, inputs[:_PLAIN_TENSORS], y, gates, cells)
+        return (*plain, *(None,) * (len(_DIFFERENTIABLE) - _PLAIN_TENSORS), *nothing)
+    found = torch.ops.cellstep.lstm_variant_backward(
+        _or_zeros(grad_y, y),
+        _or_zeros(grad_h, inputs[1]),
+        _or_zeros(grad_c, inputs[2]),
+        grad_cells,
+        y,
+        cells,
+        *inputs,
+        *ctx.options,
     )
-    gradients = [
-        None if tensor is None or place == _NO_GRADIENT else next(found) for place, tensor in enumerate(tensors)
-    ]
+    gradients = [None if tensor is None else grad for tensor, grad in zip(tensors, found, strict=True)]
+    gradients[_NO_GRADIENT] = None
     return (*gradients, *nothing)
 
 
@@ -337,6 +373,25 @@ torch.library.register_autograd("cellstep::activate", _activate_backward, setup_
 torch.library.register_autograd("cellstep::lstm_layer", _layer_backward, setup_context=_setup_layer)
 torch.library.register_autograd("cellstep::lstm_cell", _cell_backward, setup_context=_setup_cell)
 torch.library.register_autograd("cellstep::dense", _dense_backward, setup_context=_setup_dense)
+
+
+def _register_vmap(name: str) -> None:
+    """For gradients of a graph that was made outside of ``vmap``: call by call. Inside, modules take torch's road."""
+    operator = getattr(torch.ops.cellstep, name)
+
+    def rule(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        answers = [
+            operator(*(a if dim is None else a.select(dim, call) for a, dim in zip(arguments, dims, strict=True)))
+            for call in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(parts) for parts in zip(*answers, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    torch.library.register_vmap(f"cellstep::{name}", rule)
+
+
+for _name in ("lstm_cell_backward", "lstm_layer_backward", "lstm_variant_backward"):
+    _register_vmap(_name)
 
 
 def _no_gradient(name: str, remedy: str) -> None:

@@ -17,6 +17,11 @@ def check_size(name: str, value: int) -> None:
         raise ValueError(f"{name} must be greater than zero, got {value}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+
+
 class LSTMCell(nn.Module):
     """One LSTM step; a drop-in for :class:`torch.nn.LSTMCell`.
 
@@ -26,8 +31,8 @@ class LSTMCell(nn.Module):
     gate order i, f, g, o.
 
     Raises:
-        ValueError: the input has a wrong number of dimensions.
-        RuntimeError: a size or dtype does not fit the parameters.
+        ValueError: the input or the state has a wrong number of dimensions.
+        RuntimeError: a size, dtype or device does not fit the parameters.
     """
 
     input_size: Final[int]
@@ -78,13 +83,17 @@ class LSTMCell(nn.Module):
             h, c = zeros, zeros
         else:
             h, c = hx
-            if h.dim() != input.dim() or c.dim() != input.dim():
-                raise ValueError(
-                    f"LSTMCell: Expected hx[0] and hx[1] to be {input.dim()}D like the input, "
-                    f"got {h.dim()}D and {c.dim()}D instead"
-                )
+            self._check(x, h, 0, batched)
+            self._check(x, c, 1, batched)
             if not batched:
                 h, c = h.unsqueeze(0), c.unsqueeze(0)
+        if x.size(1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {self.input_size}")
+        if x.device != self.weight_ih.device or x.device != h.device or x.device != c.device:
+            raise RuntimeError(
+                f"Expected input, state and parameters on one device, got {x.device}, {h.device}, {c.device} and "
+                f"{self.weight_ih.device}"
+            )
         if self.use_ops and has_kernel(x):
             h, c, _ = torch.ops.cellstep.lstm_cell(
                 x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, torch.is_grad_enabled()
@@ -94,3 +103,18 @@ class LSTMCell(nn.Module):
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0)
         return h, c
+
+    def _check(self, x: Tensor, part: Tensor, index: int, batched: bool) -> None:
+        """One half of the state beside x (N, input_size)."""
+        if part.dim() != 1 and part.dim() != 2:
+            raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {part.dim()}D instead")
+        if part.dim() != (2 if batched else 1):
+            raise RuntimeError(
+                f"Expected hx[{index}] to be {2 if batched else 1}D like the input, got {part.dim()}D instead"
+            )
+        if batched and part.size(0) != x.size(0):
+            raise RuntimeError(f"Input batch size {x.size(0)} doesn't match hidden{index} batch size {part.size(0)}")
+        if part.size(-1) != self.hidden_size:
+            raise RuntimeError(
+                f"hidden{index} has inconsistent hidden_size: got {part.size(-1)}, expected {self.hidden_size}"
+            )

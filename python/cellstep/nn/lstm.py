@@ -2,18 +2,24 @@
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Final, Optional
+from typing import TYPE_CHECKING, ClassVar, Final, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from cellstep.formula import ACTIVATIONS, lstm_steps
-from cellstep.nn.cell import check_size
+from cellstep.nn.cell import check_flag, check_size
 from cellstep.nn.dispatch import USE_OPS, autocasting, has_kernel, transforms_active
 
 _LAYER_ACTIVATIONS = ACTIVATIONS[:-1]  # softmax is for heads
 _SIGMOID, _TANH = 2, 3
+
+
+def _backwards(flags: Tensor) -> Tensor:
+    """Flags (T, N) in the order of a sweep backwards: they part a step from the one before it in time, which comes
+    after it there."""
+    return torch.cat([torch.zeros_like(flags[:1]), flags[:-1]])
 
 
 class LSTM(nn.Module):
@@ -59,8 +65,10 @@ class LSTM(nn.Module):
 
     Raises:
         ValueError: the input has a wrong number of dimensions or another dtype than the parameters.
-        RuntimeError: a size does not fit, or the sequence is empty.
+        RuntimeError: a size or device does not fit, or the sequence is empty.
     """
+
+    __jit_unused_properties__: ClassVar = ["all_weights"]
 
     input_size: Final[int]
     hidden_size: Final[int]
@@ -127,6 +135,8 @@ class LSTM(nn.Module):
         check_size("input_size", input_size)
         check_size("hidden_size", hidden_size)
         check_size("num_layers", num_layers)
+        check_flag("bias", bias)
+        check_flag("batch_first", batch_first)
         if proj_size < 0:
             raise ValueError("proj_size should be a positive integer or zero to disable projections")
         if proj_size >= hidden_size:
@@ -164,7 +174,7 @@ class LSTM(nn.Module):
         self.bias = bias
         self.batch_first = batch_first
         self.dropout = float(dropout)
-        self.bidirectional = bidirectional
+        self.bidirectional = bool(bidirectional)
         self.proj_size = proj_size
         self.peephole = peephole
         self.layer_norm = layer_norm
@@ -238,6 +248,12 @@ class LSTM(nn.Module):
         self._initial = self._named_initial()
         return self
 
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters of each layer and direction, as torch.nn.LSTM lists them."""
+        weights, count = self._named_weights(), len(self._names)
+        return [weights[at : at + count] for at in range(0, len(weights), count)]
+
     @torch.jit.unused
     def _named_weights(self) -> list[Tensor]:
         return [
@@ -282,12 +298,12 @@ class LSTM(nn.Module):
     def configuration(self) -> dict[str, object]:
         """The arguments that make this module again, those at their defaults left out."""
         defaults = {
+            "proj_size": 0,
             "num_layers": 1,
             "bias": True,
             "batch_first": False,
             "dropout": 0.0,
             "bidirectional": False,
-            "proj_size": 0,
             "peephole": False,
             "layer_norm": False,
             "coupled": False,
@@ -343,9 +359,14 @@ class LSTM(nn.Module):
         if not torch.jit.is_scripting():  # TorchScript cannot ask about autocast; there the operators compare
             if x.dtype != weight.dtype and not autocasting(x):
                 raise ValueError(
-                    f"LSTM: Expected input of the weights' dtype {weight.dtype}, got {x.dtype}; convert the input "
-                    f"with input.to({weight.dtype}) or the module with module.to({x.dtype})"
+                    f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                    f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
                 )
+        if x.device != weight.device or x.device != h.device or x.device != c.device:
+            raise RuntimeError(
+                f"Expected input, state and parameters on one device, got {x.device}, {h.device}, {c.device} and "
+                f"{weight.device}"
+            )
         if x.size(2) != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(2)}"
@@ -362,14 +383,15 @@ class LSTM(nn.Module):
         if lengths is not None:
             if lengths.dim() != 1 or lengths.size(0) != x.size(1):
                 raise ValueError(f"LSTM: Expected lengths of shape ({x.size(1)},), got {lengths.shape}")
+            known = True
             if not torch.jit.is_scripting():
-                if not torch.compiler.is_compiling() and not transforms_active() and lengths.numel() > 0:
-                    least, most = int(lengths.min()), int(lengths.max())
-                    if least < 0 or most > x.size(0):
-                        raise ValueError(
-                            f"LSTM: Expected lengths from 0 to the {x.size(0)} steps of the input, "
-                            f"got {least} to {most}"
-                        )
+                known = not (torch.compiler.is_compiling() or transforms_active() or lengths.is_meta)
+            if known and lengths.numel() > 0:
+                least, most = int(lengths.min()), int(lengths.max())
+                if least < 0 or most > x.size(0):
+                    raise ValueError(
+                        f"LSTM: Expected lengths from 0 to the {x.size(0)} steps of the input, got {least} to {most}"
+                    )
         if reset is not None and (reset.dim() != 2 or reset.size(0) != x.size(0) or reset.size(1) != x.size(1)):
             raise ValueError(f"LSTM: Expected reset of one flag a step and row, got {reset.shape}")
 
@@ -387,14 +409,20 @@ class LSTM(nn.Module):
             input, hx: see the class.
             lengths: (N) integers, the steps of each row, 0 allowed: what lies past them is not read, the output there
                 is zero, and the state is the one behind the row's own last step.
-            reset: (T, N) bool, or (N, T) if ``batch_first``: rows whose state is put to the initial one before the
-                step.
+            reset: (T, N) bool, or (N, T) if ``batch_first``: rows in which a new sequence begins with the step, from
+                the initial state. The direction that runs backwards is parted at the same places.
         """
         if not torch.jit.is_scripting():
             if isinstance(input, PackedSequence):
                 return self._forward_packed(input, hx, reset)
             if lengths is not None and not isinstance(lengths, Tensor):
-                lengths = torch.as_tensor(lengths, device=input.device)
+                lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
+        if lengths is not None:
+            if lengths.is_floating_point() or lengths.dtype == torch.bool:
+                raise ValueError(f"LSTM: Expected lengths as integers, got {lengths.dtype}; convert them with .long()")
+            lengths = lengths.to(input.device, torch.int64)
+        if reset is not None:
+            reset = reset.to(input.device, torch.bool)
         if input.dim() != 2 and input.dim() != 3:
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -410,10 +438,14 @@ class LSTM(nn.Module):
                 reset = reset.transpose(0, 1)
         else:
             x = input
-        if hx is None:
+        # Asked for once: a parametrisation computes a weight whenever it is looked at.
+        weights = self._weights()
+        if hx is None and self.learn_initial_state:
             h, c = self.initial_state(x.size(1))
-            if not self.learn_initial_state:
-                h, c = h.to(x.dtype), c.to(x.dtype)
+        elif hx is None:
+            rows = self.num_layers * (2 if self.bidirectional else 1)
+            h = x.new_zeros([rows, x.size(1), self.proj_size if self.proj_size > 0 else self.hidden_size])
+            c = x.new_zeros([rows, x.size(1), self.hidden_size])
         else:
             h, c = hx
             if h.dim() != input.dim() or c.dim() != input.dim():
@@ -423,7 +455,6 @@ class LSTM(nn.Module):
                 )
             if not batched:
                 h, c = h.unsqueeze(1), c.unsqueeze(1)
-        weights = self._weights()
         self._check(x, h, c, weights[0], lengths, reset)
 
         output, h, c, cells = self._stack(x, h, c, weights, lengths, reset)
@@ -440,11 +471,15 @@ class LSTM(nn.Module):
     def _forward_packed(self, packed: PackedSequence, hx: Optional[tuple[Tensor, Tensor]], reset: Optional[Tensor]):  # type: ignore[no-untyped-def]
         if reset is not None:
             raise ValueError("LSTM: Expected no reset with a PackedSequence; pass a padded input and lengths")
+        if packed.data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {packed.data.dim()}")
+        if not (self.use_ops and has_kernel(packed.data)) and self._torch_can(packed.data, False):
+            return self._torch_packed(packed, hx)
         if self.batch_first:
             padded, lengths = pad_packed_sequence(packed, batch_first=True)
         else:
             padded, lengths = pad_packed_sequence(packed)
-        answer = self.forward(padded, hx, lengths.to(padded.device))
+        answer = self.forward(padded, hx, lengths)
 
         def pack(values: Tensor) -> PackedSequence:
             batch = 0 if self.batch_first else 1
@@ -459,6 +494,33 @@ class LSTM(nn.Module):
         if self.return_cell_states:
             return pack(answer[0]), answer[1], pack(answer[2])
         return pack(answer[0]), answer[1]
+
+    @torch.jit.unused
+    def _torch_packed(self, packed: PackedSequence, hx: Optional[tuple[Tensor, Tensor]]):  # type: ignore[no-untyped-def]
+        """On torch.lstm, which has kernels for a PackedSequence on more devices."""
+        data, batch_sizes, there, back = packed
+        rows = int(batch_sizes[0])
+        h, c = self.initial_state(rows) if hx is None else hx
+        if hx is None and not self.learn_initial_state:
+            h, c = h.to(data.dtype), c.to(data.dtype)
+        weights = self._weights()
+        self._check(data[:rows].unsqueeze(0), h, c, weights[0], None, None)
+        if there is not None:
+            h, c = h.index_select(1, there), c.index_select(1, there)
+        output, h, c = torch.lstm(
+            data,
+            batch_sizes,
+            [h, c],
+            weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+        )
+        if back is not None:
+            h, c = h.index_select(1, back), c.index_select(1, back)
+        return PackedSequence(output, batch_sizes, there, back), (h, c)
 
     def _stack(
         self,
@@ -491,9 +553,13 @@ class LSTM(nn.Module):
                     x, h, c = x.to(dtype), h.to(dtype), c.to(dtype)
                     weights = [weight.to(dtype) for weight in weights]
 
+        if lengths is not None:
+            # What lies past the end of a row may be anything. A NaN there would meet the gradient, zero or not.
+            past = torch.arange(x.size(0), device=x.device).unsqueeze(1) >= lengths.unsqueeze(0)
+            x = x.masked_fill(past.unsqueeze(2), 0.0)
         initial_h: Optional[Tensor] = None
         initial_c: Optional[Tensor] = None
-        if self.learn_initial_state:
+        if self.learn_initial_state and reset is not None:
             initial_h, initial_c = self._initial_pair()
         last_h: list[Tensor] = []
         last_c: list[Tensor] = []
@@ -571,7 +637,7 @@ class LSTM(nn.Module):
                 h,
                 c,
                 p,
-                reset.flip(0) if reset is not None else None,
+                _backwards(reset.flip(0)) if reset is not None else None,
                 initial_h,
                 initial_c,
                 want_cells,
@@ -579,23 +645,25 @@ class LSTM(nn.Module):
             return y.flip(0), h_n, c_n, cells.flip(0) if want_cells else cells
 
         steps = torch.arange(x.size(0), device=x.device).unsqueeze(1)
-        ends = lengths.to(x.device).unsqueeze(0)
-        inside = steps < ends
-        order = torch.where(inside, ends - 1 - steps, steps)
+        ends = lengths.unsqueeze(0)
+        past = steps >= ends
+        order = torch.where(past, steps, ends - 1 - steps)
         if reverse:
             x = x.gather(0, order.unsqueeze(2).expand(-1, -1, x.size(2)))
             if reset is not None:
-                reset = reset.gather(0, order)
+                reset = _backwards(reset.gather(0, order))
+        if not self._plain:  # other activations could let the state grow past the end of a row until it overflows
+            reset = past if reset is None else reset.logical_or(past)
         y, _, _, cells = self._layer(kernels, x, h, c, p, reset, initial_h, initial_c, True)
         last = (ends - 1).clamp(min=0).unsqueeze(2)
-        started = (lengths > 0).to(x.device).unsqueeze(1)
+        started = (lengths > 0).unsqueeze(1)
         h_n = torch.where(started, y.gather(0, last.expand(-1, -1, y.size(2))).squeeze(0), h)
         c_n = torch.where(started, cells.gather(0, last.expand(-1, -1, cells.size(2))).squeeze(0), c)
         if reverse:
             y = y.gather(0, order.unsqueeze(2).expand(-1, -1, y.size(2)))
             cells = cells.gather(0, order.unsqueeze(2).expand(-1, -1, cells.size(2)))
-        outside = inside.logical_not().unsqueeze(2)
-        return y.masked_fill(outside, 0.0), h_n, c_n, cells.masked_fill(outside, 0.0)
+        past = past.unsqueeze(2)
+        return y.masked_fill(past, 0.0), h_n, c_n, cells.masked_fill(past, 0.0)
 
     def _layer(
         self,
@@ -632,7 +700,9 @@ class LSTM(nn.Module):
         if self.use_ops:  # constant, so that a TorchScript file without operators does not name them
             zoned = self.zoneout_h > 0.0 or self.zoneout_c > 0.0
             masked = mask_h is not None or mask_g is not None
-            if kernels and self._plain and self.proj_size == 0 and reset is None and not zoned and not masked:
+            plain = self._plain and self.proj_size == 0 and reset is None and not zoned and not masked
+            # lstm_layer answers the cells together with the gates, which memory_efficient is not to keep.
+            if kernels and plain and not (want_cells and self.memory_efficient):
                 save = (torch.is_grad_enabled() and not self.memory_efficient) or want_cells
                 y, h, c, _, cells = torch.ops.cellstep.lstm_layer(
                     x, h, c, p["weight_ih"], weight_hh, bias_ih, bias_hh, save
