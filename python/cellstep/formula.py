@@ -96,7 +96,8 @@ def lstm_steps(
         y (T, N, R), h (N, R), c (N, H), and c of every step (T, N, H).
     """
     hidden = c.size(1)
-    projected = _normalised(functional.linear(x, weight_ih), norm_ih, bias_ih)
+    # Not sliced step by step, whose gradients would each be as large as the whole.
+    projected = _normalised(functional.linear(x, weight_ih), norm_ih, bias_ih).unbind(0)
     outputs: list[Tensor] = []
     cells: list[Tensor] = []
     for step in range(x.size(0)):

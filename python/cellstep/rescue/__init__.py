@@ -1,5 +1,6 @@
 """Old TorchScript files as data: weights out of them, without running them."""
 
-from cellstep.rescue.find import Finding, assemble, chain, read, report
+from cellstep.rescue.command import import_archive
+from cellstep.rescue.find import Finding, read, report
 
-__all__ = ["Finding", "assemble", "chain", "read", "report"]
+__all__ = ["Finding", "import_archive", "read", "report"]

@@ -5,26 +5,28 @@ Two layouts are read. Torch since 1.4 writes ``data.pkl`` and ``constants.pkl`` 
 writes into such files; anything else in it is refused.
 """
 
-import io
+import itertools
 import json
 import math
 import os
-import pickle
 import pickletools
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _TEXT_LIMIT = 16 << 20  # bytes of a pickle, of model.json or of all code together
-_TOTAL_LIMIT = 4 << 30  # bytes of all entries together, as the zip states them
+_TOTAL_LIMIT = 8 << 30  # bytes of all entries together, as the zip states them
+_RATIO_LIMIT = 100  # of those bytes to the file's; weights hardly shrink
 _ENTRY_LIMIT = 100_000
 _DEPTH_LIMIT = 100  # of objects within objects
+_OPCODE_LIMIT = 1_000_000  # of a pickle
 _EXPANDED_LIMIT = 1 << 16  # values of a tensor that says the same memory more than once
 
 _STORAGES = {
@@ -55,12 +57,8 @@ _TABLE_TYPES: dict[str | int, torch.dtype] = {
 }
 _TABLE_TYPES |= dict(zip((1, 2, 3, 5, 6, 7, 9, 10, 12, 13), list(_TABLE_TYPES.values())[:10], strict=True))
 
-#: What torch's own pickler writes: protocol 2 without extensions, old string kinds and unlimited numbers.
-_OPCODES = frozenset(
-    "PROTO STOP MARK GLOBAL REDUCE BUILD NEWOBJ BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE "
-    "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND "
-    "APPENDS EMPTY_DICT DICT SETITEM SETITEMS".split()  # noqa: SIM905
-)
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False)
@@ -136,10 +134,12 @@ class _Files:
 
     def _index(self) -> dict[str, zipfile.ZipInfo]:
         entries = [entry for entry in self._zip.infolist() if not entry.is_dir()]
-        if len(entries) > _ENTRY_LIMIT or sum(entry.file_size for entry in entries) > _TOTAL_LIMIT:
-            self.refuse(
-                f"at most {_ENTRY_LIMIT:,} entries and {_TOTAL_LIMIT >> 30} GiB", "more", "do not trust this file"
-            )
+        limit = min(_TOTAL_LIMIT, _TEXT_LIMIT + _RATIO_LIMIT * self.path.stat().st_size)
+        if len(entries) > _ENTRY_LIMIT or sum(entry.file_size for entry in entries) > limit:
+            self.refuse(f"at most {_ENTRY_LIMIT:,} entries of {limit:,} bytes", "more", "do not trust this file")
+        ends = sorted((entry.header_offset, entry.header_offset + 30 + entry.compress_size) for entry in entries)
+        if any(end > begin for (_, end), (begin, _) in itertools.pairwise(ends)):
+            self.refuse("entries that lie one after another", "some that overlap", "do not trust this file")
         index: dict[str, zipfile.ZipInfo] = {}
         roots = set()
         for entry in entries:
@@ -224,177 +224,190 @@ def _text(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-class _Parsed:
-    """What a pickle's calls make: kept apart until the pickle is read, so that it can change nothing but these."""
+@dataclass(frozen=True)
+class _Name:
+    """A name that a pickle gives, as text: nothing is looked up by it."""
 
-    __slots__ = ("args", "kind", "state")
-
-    def __init__(self, kind: str, args: tuple[Any, ...]) -> None:
-        self.kind, self.args, self.state = kind, args, None
-
-    def __setstate__(self, state: Any) -> None:
-        if not self.kind.startswith("__torch__"):
-            raise ValueError(f"a state for {self.kind}")
-        self.state = state
+    text: str
 
 
-class _Callable:
-    """A name that a pickle may call; the call is written down and nothing runs."""
-
-    __slots__ = ("kind",)
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-
-    def __call__(self, *args: Any) -> _Parsed:
-        return _Parsed(self.kind, args)
-
-    def __setstate__(self, state: Any) -> NoReturn:
-        raise ValueError(f"a state for {self.kind}")
+@dataclass(frozen=True)
+class _Storage:
+    values: Tensor
+    name: str
 
 
-_BUILDERS = {
-    *(("torch._utils", name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")),
-    *(("torch.jit._pickle", f"build_{name}") for name in ("intlist", "tensorlist", "doublelist", "boollist")),
-    ("torch.jit._pickle", "build_tensor_from_id"),
-    ("torch.jit._pickle", "restore_type_tag"),
-    ("torch", "device"),
-    ("collections", "OrderedDict"),
-    ("__main__", "TensorID"),  # as torch 1.1 called build_tensor_from_id
-    ("__main__", "IntList"),  # and build_intlist
+#: What a pickle may name beside the classes of its own code and the kinds of storage.
+_NAMES = {
+    "collections OrderedDict",
+    "torch device",
+    *(f"torch._utils {name}" for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")),
+    *(f"torch.jit._pickle build_{kind}list" for kind in ("int", "tensor", "double", "bool")),
+    "torch.jit._pickle build_tensor_from_id",
+    "torch.jit._pickle restore_type_tag",
+    "__main__ TensorID",  # as torch 1.0 called build_tensor_from_id
+    "__main__ IntList",  # and build_intlist
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__") and (len(module) == 9 or module[9] == "."):
-            # NEWOBJ needs a class; an empty subclass of its own keeps the name that the file gives.
-            kind = f"{module}.{name}"
-            return type(
-                "_ParsedObject", (_Parsed,), {"__slots__": (), "__new__": _new, "__init__": _keep, "kind_": kind}
-            )
-        if (module, name) in _BUILDERS:
-            return _Callable(name)
-        if module == "torch" and name in _STORAGES:
-            return _Parsed("storage type", (_STORAGES[name],))
-        raise ValueError(f"the name {module}.{name}"[:200])
-
-    def persistent_load(self, key: Any) -> Any:
-        return _Parsed("storage", key if isinstance(key, tuple) else (key,))
-
-
-def _new(cls: Any, *args: Any) -> _Parsed:
-    made = cast(_Parsed, object.__new__(cls))
-    _Parsed.__init__(made, cls.kind_, args)
-    return made
-
-
-def _keep(self: Any, *args: Any) -> None:
-    """The values are already there."""
-
-
-def _unpickle(files: _Files, name: str, folder: str, table: list[Tensor]) -> Any:
-    data = files.read(name)
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            # A huge index of the memo would make the reader set aside memory for all below it.
-            if opcode.name not in _OPCODES or (opcode.name == "LONG_BINPUT" and int(argument or 0) > len(data)):
-                raise ValueError(f"the pickle opcode {opcode.name}")
-        parsed = _Unpickler(io.BytesIO(data)).load()
-        return _Builder(files, folder, table).build(parsed, 0)
-    except _Refused:
-        raise
-    except ValueError as error:
-        files.refuse(f"the types of a TorchScript archive in '{name}'", str(error), "do not trust this file")
-    except (
-        pickle.UnpicklingError,
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        TypeError,
-    ) as error:
-        files.refuse(f"a pickle as torch writes it in '{name}'", _text(error), "do not trust this file")
-
-
-class _Builder:
-    """Turns what a pickle wrote down into tensors, objects and plain Python values, each thing once."""
+class _Unpickler:
+    """The stack machine of a pickle, for the few opcodes and names that torch writes. It calls nothing by name."""
 
     def __init__(self, files: _Files, folder: str, table: list[Tensor]) -> None:
         self._files, self._folder, self._table = files, folder, table
-        self._built: dict[int, Any] = {}
         self._storages: dict[str, Tensor] = {}
+        self._tensors: dict[Any, Tensor] = {}
+        self._stack: list[Any] = []
+        self._below: list[list[Any]] = []  # the stacks under each mark
+        self._memo: dict[int, Any] = {}
 
-    def build(self, value: Any, depth: int) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if depth > _DEPTH_LIMIT:
-            raise ValueError(f"objects within objects more than {_DEPTH_LIMIT} deep")
-        if id(value) in self._built:
-            return self._built[id(value)]
-        made: Any
-        if isinstance(value, list):
-            # Registered before its items are built: a list may hold itself.
-            made = self._built[id(value)] = []
-            made.extend(self.build(item, depth + 1) for item in value)
-        elif isinstance(value, tuple):
-            made = tuple(self.build(item, depth + 1) for item in value)
-        elif isinstance(value, dict):
-            made = self._built[id(value)] = {}
-            made.update((self._key(key, depth), self.build(item, depth + 1)) for key, item in value.items())
-        elif isinstance(value, _Parsed) and value.kind.startswith("__torch__"):
-            made = self._built[id(value)] = Object(value.kind)
-            state = value.state if value.state is not None else value.args
-            state = self.build(state, depth + 1)
-            made.state = (
-                state if isinstance(state, dict) and all(isinstance(key, str) for key in state) else {"": state}
-            )
-        elif isinstance(value, _Parsed):
-            made = self._call(value.kind, value.args, depth)
-        else:
-            raise ValueError("a name in the place of a value")
-        self._built[id(value)] = made
-        return made
+    def load(self, data: bytes) -> Any:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if count > _OPCODE_LIMIT:
+                raise ValueError(f"more than {_OPCODE_LIMIT:,} opcodes")
+            if opcode.name == "STOP":
+                (answer,) = self._stack
+                return answer
+            self._do(opcode.name, argument)
+        raise ValueError("a pickle without an end")
 
-    def _key(self, key: Any, depth: int) -> Any:
-        if isinstance(key, (bool, int, float, str)):
-            return key
-        return id(self.build(key, depth + 1))  # a tensor as a key is kept apart from the others, not looked at
+    def _do(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"):
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self._memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self._memo[argument])
+        elif name == "MARK":
+            self._below.append(stack)
+            self._stack = []
+        elif name == "EMPTY_LIST":
+            stack.append([])
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name in ("TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS"):
+            self._stack = self._below.pop()
+            if name == "TUPLE":
+                self._stack.append(tuple(stack))
+            elif name == "LIST":
+                self._stack.append(stack)
+            elif name == "APPENDS":
+                self._top(list).extend(stack)
+            else:
+                if name == "DICT":
+                    self._stack.append({})
+                self._fill(self._top(dict), stack)
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            items = tuple(stack[-count:])
+            if len(items) != count:
+                raise ValueError("a tuple of more than there is")
+            stack[-count:] = [items]
+        elif name == "APPEND":
+            item = stack.pop()
+            self._top(list).append(item)
+        elif name == "SETITEM":
+            items = (stack[-2], stack[-1])
+            del stack[-2:]
+            self._fill(self._top(dict), items)
+        elif name == "GLOBAL":
+            stack.append(self._name(argument))
+        elif name == "BINPERSID":
+            stack.append(self._storage(stack.pop()))
+        elif name == "REDUCE":
+            arguments = stack.pop()
+            if not isinstance(arguments, tuple):
+                raise ValueError("a call without arguments")
+            stack[-1] = self._call(stack[-1], arguments)
+        elif name == "NEWOBJ":
+            arguments = stack.pop()
+            kind = self._top(_Name).text
+            if not kind.startswith("__torch__.") or arguments != ():
+                raise ValueError(f"an object of {kind}")
+            stack[-1] = Object(kind)
+        elif name == "BUILD":
+            state = stack.pop()
+            item = self._top(Object)
+            if item.state:
+                raise ValueError("an object with two states")
+            keyed = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+            item.state = state if keyed else {"": state}
+        elif name != "PROTO":
+            raise ValueError(f"the pickle opcode {name}")
 
-    def _call(self, kind: str, args: tuple[Any, ...], depth: int) -> Any:
-        if kind in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+    def _top(self, kind: type[_T]) -> _T:
+        item = self._stack[-1]
+        if type(item) is not kind:
+            raise ValueError(f"a {type(item).__name__} where a {kind.__name__} belongs")
+        return item
+
+    def _fill(self, into: dict[Any, Any], items: Sequence[Any]) -> None:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in (bool, int, float, str):
+                raise ValueError("a key that is neither text nor number")
+            into[key] = value
+
+    def _name(self, text: str) -> _Name:
+        module, _, name = text.partition(" ")
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Name(f"{module}.{name}")
+        if text not in _NAMES and not (module == "torch" and name in _STORAGES):
+            raise ValueError(f"the name {module}.{name}"[:200])
+        return _Name(text)
+
+    def _call(self, callee: Any, args: tuple[Any, ...]) -> Any:
+        name = callee.text.rpartition(" ")[2] if isinstance(callee, _Name) else ""
+        if name in ("_rebuild_tensor", "_rebuild_tensor_v2") and len(args) >= 4:
             storage, offset, sizes, strides = args[:4]
-            if not isinstance(storage, _Parsed) or storage.kind != "storage":
+            if not isinstance(storage, _Storage):
                 raise ValueError("a tensor without a storage")
-            values, name = self._storage(*storage.args)
-            return self._files.view(values, offset, sizes, strides, name)
-        if kind == "OrderedDict":
-            if args:
-                raise ValueError("a filled OrderedDict")
+            key = (storage.name, offset, sizes, strides)
+            if key not in self._tensors:  # two names of one tensor give one object
+                self._tensors[key] = self._files.view(storage.values, offset, sizes, strides, storage.name)
+            return self._tensors[key]
+        if name == "OrderedDict" and not args:
             return {}
-        if kind in ("build_tensor_from_id", "TensorID"):
+        if name in ("build_tensor_from_id", "TensorID") and len(args) == 1:
             (index,) = args
             if type(index) is not int or not 0 <= index < len(self._table):
                 raise ValueError(f"tensor {index} of {len(self._table)}"[:100])
             return self._table[index]
-        if kind.startswith(("build_", "_rebuild_parameter", "restore_type_tag", "device", "IntList")) and args:
-            return self.build(args[0], depth + 1)
-        raise ValueError(f"a {kind} in the place of a value")
+        if name.startswith(("build_", "_rebuild_parameter", "restore_type_tag", "device", "IntList")) and args:
+            return args[0]
+        raise ValueError(f"a call of {name or type(callee).__name__}")
 
-    def _storage(self, tag: Any, kind: Any, key: Any, _device: Any, numel: Any, *_rest: Any) -> tuple[Tensor, str]:
-        if tag != "storage" or not isinstance(kind, _Parsed) or kind.kind != "storage type" or not isinstance(key, str):
+    def _storage(self, key: Any) -> _Storage:
+        if not isinstance(key, tuple) or len(key) < 5:
             raise ValueError("a storage without type or name")
-        name = f"{self._folder}/{key}"
-        dtype = kind.args[0]
+        tag, kind, entry, _, numel = key[:5]
+        if tag != "storage" or not isinstance(kind, _Name) or type(entry) is not str or type(numel) is not int:
+            raise ValueError("a storage without type or name")
+        dtype = _STORAGES.get(kind.text.removeprefix("torch "))
+        if dtype is None:
+            raise ValueError(f"a storage of {kind.text}")
+        name = f"{self._folder}/{entry}"
         if name not in self._storages:
             empty = numel == 0 and not self._files.has(name)
             self._storages[name] = torch.empty(0, dtype=dtype) if empty else self._files.storage(name, dtype)
         values = self._storages[name]
-        if values.dtype != dtype or type(numel) is not int or numel > values.numel() or numel < 0:
+        if values.dtype != dtype or not 0 <= numel <= values.numel():
             got = f"{values.numel():,} of {values.dtype}"
             self._files.refuse(f"{numel} values of {dtype} in '{name}'"[:200], got, "copy the file again")
-        return values, name
+        return _Storage(values, name)
+
+
+def _unpickle(files: _Files, name: str, folder: str, table: list[Tensor]) -> Any:
+    try:
+        return _Unpickler(files, folder, table).load(files.read(name))
+    except _Refused:
+        raise
+    except ValueError as error:
+        files.refuse(f"the types of a TorchScript archive in '{name}'", _text(error), "do not trust this file")
+    except (LookupError, OverflowError, RuntimeError, TypeError) as error:
+        files.refuse(f"a pickle as torch writes it in '{name}'", _text(error), "do not trust this file")
 
 
 def _read_table(files: _Files) -> Archive:

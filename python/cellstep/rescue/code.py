@@ -1,13 +1,17 @@
-"""The code text of an archive, read as data: which operators lie between the input and the answer.
+"""The code text of an archive as data: its operators, one by one, on numbers of our choice.
 
-Nothing is computed here but shapes of loops and constants made of constants. Calls are followed into the file's own
-functions; ``if`` with an unknown condition gives either value; the body of a loop over steps is read once, and what it
-carries from step to step becomes a :class:`Node` "carried".
+Neither Python nor torch runs anything of a file. Its text is parsed, and what it says is followed here: assignments,
+``if``, loops, calls of the file's own functions, and the operators of one list, which compute numbers from numbers and
+do nothing else. Anything else ends the evaluation. Work and memory have limits that no file can lift.
+
+All floating-point numbers are float64, whatever the file holds, so that what is compared with the answers is compared
+far below the rounding of float32. Dropout does nothing: a model is taken as one for inference.
 """
 
 import ast
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,37 +19,58 @@ from torch import Tensor
 
 from cellstep.rescue.archive import Archive, Object
 
-_WORK_LIMIT = 2_000_000  # statements, expressions and values handed on, calls of calls included
 _TEXT_LIMIT = 4 << 20  # characters of one file
-_UNROLL_LIMIT = 64
+_STEP_LIMIT = 40_000  # statements, expressions and operators of one call of forward
+_TOTAL_STEP_LIMIT = 1_000_000  # and of all calls
+_SIZE_LIMIT = 1 << 24  # values of one tensor
+_TOTAL_SIZE_LIMIT = 1 << 27  # values made in one call
+_PRODUCT_LIMIT = 1 << 33  # multiplications of matrices in one call
+_LIST_LIMIT = 1 << 14
 
-#: Operators that change no value that a model for inference computes.
-_SAME = {
-    "torch.alias", "torch.clone", "torch.contiguous", "torch.cpu", "torch.cuda", "torch.detach", "torch.dropout",
-    "torch.feature_dropout", "torch.to", "torch.type_as", "torch.float", "torch.double",
-    "ops.prim.NumToTensor", "ops.aten.contiguous", "int", "float", "torch.list",
-}  # fmt: skip
 _NUMBERS: dict[str, Callable[..., Any]] = {
-    "torch.add": operator.add, "torch.sub": operator.sub, "torch.mul": operator.mul, "torch.div": operator.truediv,
-    "torch.floordiv": operator.floordiv, "torch.remainder": operator.mod, "torch.neg": operator.neg,
-    "torch.eq": operator.eq, "torch.ne": operator.ne, "torch.lt": operator.lt, "torch.le": operator.le,
-    "torch.gt": operator.gt, "torch.ge": operator.ge, "torch.__not__": operator.not_, "bool": bool,
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg,
+    "floordiv": operator.floordiv, "remainder": operator.mod, "eq": operator.eq, "ne": operator.ne, "lt": operator.lt,
+    "le": operator.le, "gt": operator.gt, "ge": operator.ge, "__not__": operator.not_, "__and__": operator.and_,
+    "__or__": operator.or_, "max": max, "min": min, "sqrt": math.sqrt, "exp": math.exp, "log": math.log,
+    "floor": math.floor, "ceil": math.ceil, "abs": abs, "int": int, "float": float, "bool": bool, "Int": int,
+    "Float": float, "Bool": bool,
 }  # fmt: skip
-#: Operators on constants that frozen and scaled models are full of.
-_FOLDED: dict[str, Callable[..., Tensor]] = {
-    "torch.t": torch.t, "torch.numpy_T": torch.t, "torch.add": torch.add, "torch.sub": torch.sub,
-    "torch.rsub": torch.rsub, "torch.mul": torch.mul, "torch.div": torch.div, "torch.sqrt": torch.sqrt,
-    "torch.rsqrt": torch.rsqrt, "torch.reciprocal": torch.reciprocal, "torch.neg": torch.neg, "torch.exp": torch.exp,
-    "torch.unsqueeze": torch.unsqueeze, "torch.squeeze": torch.squeeze, "torch.transpose": torch.transpose,
-}  # fmt: skip
-#: Every spelling of an operator under one name, in-place ones included.
+#: Every spelling of an operator under one name.
 _ALIASES = {
-    "torch.divide": "torch.div", "torch.true_divide": "torch.div", "torch.multiply": "torch.mul",
-    "torch.subtract": "torch.sub", "torch.mm": "torch.matmul", "torch.bmm": "torch.matmul",
-    "torch.unsafe_chunk": "torch.chunk", "torch.unsafe_split": "torch.split", "torch.concat": "torch.cat",
-    "torch.concatenate": "torch.cat", "torch.swapaxes": "torch.transpose",
-    "torch.feature_dropout_": "torch.dropout", "torch.special_expit": "torch.sigmoid", "torch.reshape": "torch.view",
+    "divide": "div", "true_divide": "div", "multiply": "mul", "subtract": "sub", "unsafe_chunk": "chunk",
+    "unsafe_split": "split", "split_with_sizes": "split", "concat": "cat", "concatenate": "cat",
+    "swapaxes": "transpose", "special_expit": "sigmoid", "feature_dropout": "dropout", "alpha_dropout": "dropout",
+    "feature_alpha_dropout": "dropout", "empty": "zeros", "numpy_T": "t",
 }  # fmt: skip
+_ELEMENTWISE = {
+    "abs", "add", "addcmul", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "cos", "div", "elu", "erf", "exp",
+    "floor", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log1p", "masked_fill", "mish",
+    "mul", "neg", "pow", "reciprocal", "relu", "relu6", "round", "rsqrt", "selu", "sigmoid", "sign", "silu", "sin",
+    "softplus", "sqrt", "square", "sub", "tanh", "trunc",
+}  # fmt: skip
+#: Operators that give the values they are given, in another order or fewer of them.
+MOVES = {
+    "alias", "clone", "contiguous", "detach", "expand", "expand_as", "flatten", "flip", "index_select", "movedim",
+    "narrow", "permute", "repeat", "reshape", "select", "slice", "squeeze", "t", "transpose", "unflatten", "unsqueeze",
+    "view", "view_as", "cat", "stack", "item", "chunk", "split", "unbind",
+}  # fmt: skip
+_CREATORS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
+             "arange", "scalar_tensor"}  # fmt: skip
+_OTHERS = {
+    "addmm", "amax", "amin", "argmax", "batch_norm", "bmm", "cumsum", "eq", "ge", "gt", "layer_norm", "le", "linear",
+    "log_softmax", "logical_and", "logical_not", "logical_or", "lstm", "lstm_cell", "lt", "matmul", "maximum", "mean",
+    "minimum", "mm", "ne", "rsub", "softmax", "std", "sum", "tril", "triu", "var", "where", "gru", "gru_cell",
+}  # fmt: skip
+_ALLOWED = (_ELEMENTWISE | MOVES | _CREATORS | _OTHERS) - {"item"}
+_PRODUCTS = {"addmm", "bmm", "linear", "matmul", "mm"}
+_IN_PLACE = _ELEMENTWISE | {"copy", "fill", "squeeze", "t", "transpose", "unsqueeze", "zero"}
+_INTEGERS = {0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 11: torch.bool}
+_CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"}
+_ITEMS = {"int", "float", "bool", "item", "Int", "Float", "Bool", "IntImplicit", "FloatImplicit", "ScalarImplicit"}
+#: Calls without an effect on numbers.
+_SILENT = {"warn", "print", "device", "manual_seed", "is_autocast_enabled", "no_grad"}
+_ON_LISTS = {"__getitem__", "slice", "len", "list", "__contains__", "keys"}
+_ABOUT_PLACES = {"layout", "device", "pin_memory", "memory_format", "non_blocking"}
 
 
 class Unreadable(ValueError):
@@ -53,146 +78,227 @@ class Unreadable(ValueError):
 
 
 class Node:
-    """A value that depends on the input: an operator and its arguments. Equal ones are one object."""
+    """Where a tensor came from: an operator and its arguments, tensors among them as nodes.
 
-    __slots__ = ("args", "op")
+    ``root`` is the file's own tensor where this is one; ``constant`` says that no input is behind it.
+    """
 
-    def __init__(self, op: str, args: tuple[Any, ...]) -> None:
-        self.op, self.args = op, args
+    __slots__ = ("args", "constant", "op", "root", "value")
 
-
-class _Function:
-    def __init__(self, tree: ast.FunctionDef, scope: str, owner: Object | None) -> None:
-        self.tree, self.scope, self.owner = tree, scope, owner
-
-
-class _Raised(Exception):
-    """A branch that only raises."""
+    def __init__(self, op: str, args: tuple[Any, ...], value: Any, root: Tensor | None = None) -> None:
+        self.op, self.args, self.value, self.root = op, args, value, root
+        self.constant: bool = op not in ("input", "given") and all(node.constant for node in below(args))
 
 
-class Reader:
-    """Follows ``forward`` of an archive; afterwards :attr:`result` is its answer and :attr:`nodes` all values."""
+def below(args: Any) -> Iterator[Node]:
+    """The nodes among arguments and their lists."""
+    for arg in args:
+        if isinstance(arg, Node):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from below(arg)
+
+
+class Definitions:
+    """Where the functions and classes of an archive's code are found."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
         self._trees: dict[str, dict[str, ast.ClassDef | ast.FunctionDef]] = {}
         self._own: dict[int, dict[str, ast.ClassDef | ast.FunctionDef]] = {}
-        self._interned: dict[Any, Any] = {}
-        self._overlay: dict[tuple[int, str], Any] = {}
-        self._folds: dict[int, Tensor] = {}  # of a transposed constant to the constant
-        self._kept: list[Any] = []  # keeps ids in keys those of living objects
-        self._changed: dict[Node, Any] = {}  # by operators in place
-        self._work = 0
-        self.nodes: list[Node] = []
-        self.carried: dict[Node, Any] = {}  # what a carried value is at the end of a step
-        self.result: Any = None
 
-    def read(self) -> Any:
-        """The answer of ``forward`` as a :class:`Node` or a nest of them.
-
-        Raises:
-            Unreadable: the code is damaged, or has no ``forward``, or does what is not followed.
-        """
-        try:
-            function = self._method(self._archive.root, "forward")
-            if function is None:
-                raise Unreadable("no forward in the code")
-            arguments: list[Any] = [self.node("input", a.arg) for a in function.tree.args.args[1:]]
-            defaults = function.tree.args.defaults
-            for k, default in enumerate(defaults):
-                if isinstance(default, ast.Constant):
-                    arguments[len(arguments) - len(defaults) + k] = default.value
-            self.result = self._invoke(function, [self._archive.root, *arguments], {})
-        except Unreadable:
-            raise
-        except (RecursionError, MemoryError):
-            raise Unreadable("code nested too deep") from None
-        except _Raised:
-            raise Unreadable("a forward that only raises") from None
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise Unreadable(f"code out of the ordinary ({' '.join(str(error).split())[:80]})") from None
-        return self.result
-
-    def node(self, op: str, *args: Any) -> Node:
-        key = (op, *(self._key(arg) for arg in args))
-        found = self._interned.get(key)
-        if found is None:
-            found = self._interned[key] = Node(op, tuple(tuple(a) if isinstance(a, list) else a for a in args))
-            self.nodes.append(found)
-            self._kept.append(args)
-        return found
-
-    def _key(self, value: Any) -> Any:
-        self._count()
-        if isinstance(value, (list, tuple)):
-            return tuple(self._key(item) for item in value)
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return type(value).__name__, value
-        return id(value)
-
-    # Where names of the code are found
-
-    def _parse(self, text: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
-        if len(text) > _TEXT_LIMIT:
-            raise Unreadable("more code than is read here")
-        try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
-            raise Unreadable("code text that does not parse") from None
-        return {item.name: item for item in tree.body if isinstance(item, (ast.ClassDef, ast.FunctionDef))}
-
-    def _definition(self, name: str) -> ast.ClassDef | ast.FunctionDef | None:
+    def named(self, name: str) -> ast.ClassDef | ast.FunctionDef | None:
         scope, _, last = name.rpartition(".")
         if scope not in self._trees:
-            self._trees[scope] = self._parse(self._archive.sources.get(scope, ""))
+            self._trees[scope] = _parse(self._archive.sources.get(scope, ""))
         return self._trees[scope].get(last)
 
-    def _method(self, owner: Object, name: str) -> _Function | None:
+    def method(self, owner: Object, name: str) -> ast.FunctionDef | None:
         if owner.source:
             if id(owner) not in self._own:
-                self._own[id(owner)] = self._parse(owner.source)
+                self._own[id(owner)] = _parse(owner.source)
             found = self._own[id(owner)].get(name)
-            return _Function(found, "", owner) if isinstance(found, ast.FunctionDef) else None
-        definition = self._definition(owner.name)
+            return found if isinstance(found, ast.FunctionDef) else None
+        definition = self.named(owner.name)
         if isinstance(definition, ast.ClassDef):
             for item in definition.body:
                 if isinstance(item, ast.FunctionDef) and item.name == name:
-                    return _Function(item, owner.name, owner)
+                    return item
         return None
 
-    def _attribute(self, owner: Any, name: str) -> Any:
-        if isinstance(owner, Node):
-            return self.node("attribute", owner, name)
-        if not isinstance(owner, Object):
-            raise Unreadable(f"the attribute {name} of a value")
-        if (id(owner), name) in self._overlay:
-            return self._overlay[id(owner), name]
+    def forward(self, root: Object) -> ast.FunctionDef:
+        # A scripted torch.nn.LSTM has overloads in its place: this one for tensors, another for packed sequences.
+        found = self.method(root, "forward") or self.method(root, "forward__0")
+        if found is None:
+            raise Unreadable("no forward in the code")
+        return found
+
+    def attribute(self, owner: Object, name: str) -> Any:
+        """The value that the file holds, or the constant that the class gives."""
         if name in owner.state:
             return owner.state[name]
-        definition = self._definition(owner.name) if owner.name else None
+        definition = self.named(owner.name) if owner.name else None
         for item in definition.body if isinstance(definition, ast.ClassDef) else ():
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.target.id == name:
                 return ast.literal_eval(item.value) if item.value is not None else None
         raise Unreadable(f"an attribute {name} that the file does not hold")
 
+
+def _parse(text: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    if len(text) > _TEXT_LIMIT:
+        raise Unreadable("more code than is read here")
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise Unreadable("code text that does not parse") from None
+    return {item.name: item for item in tree.body if isinstance(item, (ast.ClassDef, ast.FunctionDef))}
+
+
+class Budget:
+    """Steps that are left for all evaluations of one file together."""
+
+    def __init__(self) -> None:
+        self.left = _TOTAL_STEP_LIMIT
+
+
+class Evaluator:
+    """One copy of a file's model, with state that its code may change from call to call.
+
+    Args:
+        zeroed: tensors of the file that are put to zero, such as a saved state.
+    """
+
+    def __init__(
+        self, archive: Archive, definitions: Definitions, budget: Budget, zeroed: Sequence[Tensor] = ()
+    ) -> None:
+        self._archive, self._definitions, self._budget = archive, definitions, budget
+        self._zeroed = {id(tensor) for tensor in zeroed}
+        self._overlay: dict[tuple[int, str], Any] = {}  # attributes that code has set
+        self._lifted: dict[int, Any] = {}  # of the file's values to ours
+        self._bases: dict[int, Tensor] = {}  # of the file's storages to ours
+        self._roots: dict[int, Tensor] = {}  # of our copies to the file's tensors
+        self._nodes: dict[int, Node] = {}  # of tensors met in this call
+        self._sharing: dict[int, list[Tensor]] = {}  # those tensors by storage
+        self.written: dict[int, Tensor] = {}  # tensors of the file that code has changed, or set anew
+        self.nodes: list[Node] = []  # of this call, in the order of their making
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call the model; tensors, or pairs of them, in and a tensor or a nest of tuples and lists out.
+
+        Raises:
+            Unreadable: the code is damaged, or does what is not followed, or does not take these inputs.
+        """
+        self._steps, self._made, self._products = _STEP_LIMIT, _TOTAL_SIZE_LIMIT, _PRODUCT_LIMIT
+        self._nodes, self._sharing, self.nodes = {}, {}, []
+        root = self._archive.root
+        try:
+            function = self._definitions.forward(root)
+            with torch.no_grad():
+                return self._invoke(function, [root, *self._given(inputs)], {})
+        except Unreadable:
+            raise
+        except (RecursionError, MemoryError):
+            raise Unreadable("code nested too deep") from None
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise Unreadable(f"code that does not run on such input ({lines[0][:120]})") from None
+
+    def node(self, tensor: Tensor) -> Node:
+        if id(tensor) not in self._nodes:  # of the file, or held since an earlier call
+            self._keep(tensor, Node("held", (), tensor, self._roots.get(id(tensor))))
+        return self._nodes[id(tensor)]
+
+    def _given(self, inputs: Sequence[Any]) -> list[Any]:
+        given: list[Any] = []
+        for value in inputs:
+            if isinstance(value, tuple):
+                given.append(tuple(self._given([None, *value])[1:]))
+            elif isinstance(value, Tensor):
+                tensor = value.clone()
+                given.append(self._keep(tensor, Node("given" if given else "input", (), tensor)))
+            else:
+                given.append(value)
+        return given
+
+    def _keep(self, tensor: Tensor, node: Node) -> Tensor:
+        self._nodes[id(tensor)] = node
+        self._sharing.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+        self.nodes.append(node)
+        return tensor
+
+    def _count(self, work: int = 1) -> None:
+        self._steps -= work
+        self._budget.left -= work
+        if min(self._steps, self._budget.left) < 0:
+            raise Unreadable("more work than is done here")
+
+    # Values of the file
+
+    def _lift(self, value: Any) -> Any:
+        """A value of the file for evaluation: its tensors copied, in float64, sharing memory where they share it."""
+        if isinstance(value, (Object, str, int, float)) or value is None:
+            return value
+        if id(value) in self._lifted:
+            return self._lifted[id(value)]
+        self._count()
+        made: Any
+        if isinstance(value, Tensor):
+            base = value if value._base is None else value._base
+            if id(base) not in self._bases:
+                self._bases[id(base)] = base.to(torch.float64 if base.is_floating_point() else base.dtype, copy=True)
+            made = self._bases[id(base)].as_strided(value.shape, value.stride(), value.storage_offset())
+            if id(value) in self._zeroed:
+                made.zero_()
+            self._roots[id(made)] = value
+        elif isinstance(value, list):
+            made = self._lifted[id(value)] = []
+            made.extend(self._lift(item) for item in value)
+        elif isinstance(value, tuple):
+            made = tuple(self._lift(item) for item in value)
+        elif isinstance(value, dict):
+            made = self._lifted[id(value)] = {}
+            made.update((key, self._lift(item)) for key, item in value.items())
+        else:
+            raise Unreadable("a value of an unknown kind")
+        self._lifted[id(value)] = made
+        return made
+
+    def _attribute(self, owner: Any, name: str) -> Any:
+        if not isinstance(owner, Object):
+            raise Unreadable(f"the attribute {name} of a value")
+        if (id(owner), name) in self._overlay:
+            return self._overlay[id(owner), name]
+        return self._lift(self._definitions.attribute(owner, name))
+
     # Statements
 
-    def _invoke(self, function: _Function, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
-        parameters = function.tree.args.args
-        scope = dict(zip((p.arg for p in parameters), args, strict=False))
-        scope.update(keywords)
-        defaults = function.tree.args.defaults
-        for parameter, default in zip(parameters[len(parameters) - len(defaults) :], defaults, strict=True):
-            if parameter.arg not in scope:
-                scope[parameter.arg] = self._value(default, scope)
-        return self._block(function.tree.body, scope)
+    def _invoke(self, function: ast.FunctionDef, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        parameters = [parameter.arg for parameter in function.args.args]
+        if len(args) > len(parameters):
+            raise Unreadable(f"{function.name} with {len(args)} arguments")
+        scope = dict(zip(parameters, args, strict=False)) | keywords
+        defaults = function.args.defaults
+        for name, default in zip(parameters[len(parameters) - len(defaults) :], defaults, strict=True):
+            if name not in scope:
+                scope[name] = self._value(default, scope)
+        returned = self._block(function.body, scope)
+        return returned[0] if returned else None
 
-    def _block(self, body: Sequence[ast.stmt], scope: dict[str, Any]) -> Any:
-        """Follow statements; the value of ``return``, or None where there is none."""
+    def _block(self, body: Sequence[ast.stmt], scope: dict[str, Any]) -> tuple[Any] | None:
+        """Follow statements; a 1-tuple of what is returned, or None where nothing is."""
         for statement in body:
             self._count()
+            returned = None
             if isinstance(statement, ast.Return):
-                return None if statement.value is None else self._value(statement.value, scope)
+                return (None if statement.value is None else self._value(statement.value, scope),)
             if isinstance(statement, ast.Assign):
                 value = self._value(statement.value, scope)
                 for target in statement.targets:
@@ -203,140 +309,64 @@ class Reader:
             elif isinstance(statement, ast.Expr):
                 self._value(statement.value, scope)
             elif isinstance(statement, ast.If):
-                answer = self._branches(statement, scope)
-                if answer is not None:
-                    return answer
-            elif isinstance(statement, (ast.For, ast.While)):
-                self._loop(statement, scope)
-            elif isinstance(statement, ast.With):
-                answer = self._block(statement.body, scope)
-                if answer is not None:
-                    return answer
+                returned = self._block(
+                    statement.body if self._truth(statement.test, scope) else statement.orelse, scope
+                )
+            elif isinstance(statement, ast.While):
+                while returned is None and self._truth(statement.test, scope):
+                    self._count()
+                    returned = self._block(statement.body, scope)
+            elif isinstance(statement, ast.For):
+                returned = self._loop(statement, scope)
+            elif isinstance(statement, ast.With):  # torch.no_grad and the like
+                returned = self._block(statement.body, scope)
             elif not isinstance(statement, (ast.Pass, ast.Assert)):
                 raise Unreadable(f"a statement {type(statement).__name__}")
+            if returned is not None:
+                return returned
         return None
 
-    def _count(self, work: int = 1) -> None:
-        self._work += work
-        if self._work > _WORK_LIMIT:
-            raise Unreadable("more code than is read here")
+    def _truth(self, tree: ast.expr, scope: dict[str, Any]) -> bool:
+        value = self._value(tree, scope)
+        if not isinstance(value, (bool, int, float)):
+            raise Unreadable("a condition that is no truth value")
+        return bool(value)
+
+    def _loop(self, statement: ast.For, scope: dict[str, Any]) -> tuple[Any] | None:
+        call = statement.iter
+        items: Any
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "range":
+            items = range(*(int(self._value(argument, scope)) for argument in call.args))
+        else:
+            items = self._value(call, scope)
+            if not isinstance(items, (list, tuple)):
+                raise Unreadable("a loop over something else than a range or a list")
+        for item in items:
+            self._count()
+            self._assign(statement.target, item, scope)
+            returned = self._block(statement.body, scope)
+            if returned is not None:
+                return returned
+        return None
 
     def _assign(self, target: ast.expr, value: Any, scope: dict[str, Any]) -> None:
         if isinstance(target, ast.Name):
             scope[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List)):
-            for k, item in enumerate(target.elts):
-                self._assign(item, self._item(value, k, len(target.elts)), scope)
+            if not isinstance(value, (list, tuple)) or len(value) != len(target.elts):
+                raise Unreadable(f"{len(target.elts)} names for something else")
+            for item, part in zip(target.elts, value, strict=True):
+                self._assign(item, part, scope)
         elif isinstance(target, ast.Attribute):
             owner = self._value(target.value, scope)
             if not isinstance(owner, Object):
                 raise Unreadable("an attribute set on a value")
+            held = owner.state.get(target.attr)
+            if isinstance(held, Tensor):
+                self.written[id(held)] = held
             self._overlay[id(owner), target.attr] = value
         else:
             raise Unreadable("an assignment to a part of a value")
-
-    def _branches(self, statement: ast.If, scope: dict[str, Any]) -> Any:
-        condition = self._value(statement.test, scope)
-        if isinstance(condition, (bool, int)):
-            return self._block(statement.body if condition else statement.orelse, scope)
-        self._count(len(scope) + len(self._overlay))
-        sides = []
-        overlay = dict(self._overlay)
-        for body in (statement.body, statement.orelse):
-            local = dict(scope)
-            self._overlay = dict(overlay)
-            try:
-                answer = self._block(body, local)
-            except _Raised:
-                continue
-            sides.append((local, answer, self._overlay))
-        self._overlay = overlay
-        if not sides:
-            raise _Raised
-        if len(sides) == 1:
-            local, answer, self._overlay = sides[0]
-            scope.update(local)
-            return answer
-        (first, one, kept), (second, other, also) = sides
-        for name in {**first, **second}:
-            if name in first and name in second:
-                scope[name] = self._either(first[name], second[name])
-            else:
-                scope[name] = first.get(name, second.get(name))
-        for place in {**kept, **also}:
-            self._overlay[place] = self._either(kept[place], also[place]) if place in kept and place in also else None
-        return self._either(one, other) if one is not None and other is not None else one if other is None else other
-
-    def _either(self, one: Any, other: Any) -> Any:
-        """One value or another: the same in both, or the one without the dimension that a lone row is given."""
-        if one is other or self._key(one) == self._key(other):
-            return one
-        for a, b in ((one, other), (other, one)):
-            if isinstance(a, Node) and a.op == "uninitialized":
-                return b
-            if isinstance(a, Node) and a.op in ("unsqueeze", "squeeze") and a.args[0] is b:
-                return b
-        for a, b in ((one, other), (other, one)):
-            if isinstance(a, (tuple, list)) and (isinstance(b, Node) or (type(a) is type(b) and len(a) == len(b))):
-                parts = [self._either(item, self._item(b, k, len(a))) for k, item in enumerate(a)]
-                return tuple(parts) if isinstance(a, tuple) else parts
-        return self.node("either", one, other)
-
-    def _loop(self, statement: ast.For | ast.While, scope: dict[str, Any]) -> None:
-        times: Any = None
-        if isinstance(statement, ast.For):
-            call = statement.iter
-            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "range"):
-                raise Unreadable("a loop over something else than a range")
-            times = self._value(call.args[-1], scope)
-        if isinstance(times, int) and 0 <= times <= _UNROLL_LIMIT and isinstance(statement, ast.For):
-            for k in range(times):
-                self._assign(statement.target, k, scope)
-                self._block(statement.body, scope)
-            return
-        self._count(len(scope))
-        assigned = {name.id for item in statement.body for name in ast.walk(item) if isinstance(name, ast.Name)
-                    and isinstance(name.ctx, ast.Store)}  # fmt: skip
-        made: list[tuple[Node, Callable[[], Any]]] = []
-
-        def carry(start: Any, end: Callable[[], Any]) -> Any:
-            if isinstance(start, tuple):
-                return tuple(carry(item, lambda k=k: end()[k]) for k, item in enumerate(start))  # type: ignore[misc]
-            if not isinstance(start, (Node, Tensor)):
-                return start
-            symbol = self.node("carried", len(self.carried) + len(made), start)
-            made.append((symbol, end))
-            return symbol
-
-        seen = set()
-        for name, value in list(scope.items()):
-            if isinstance(value, list):
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    for k, item in enumerate(value):
-                        value[k] = carry(item, lambda value=value, k=k: value[k])  # type: ignore[misc]
-            elif name in assigned:
-                scope[name] = carry(value, lambda name=name: scope[name])  # type: ignore[misc]
-        lengths = {id(value): (value, len(value)) for value in scope.values() if isinstance(value, list)}
-        if isinstance(statement, ast.For):
-            self._assign(statement.target, self.node("step"), scope)
-        if self._block(statement.body, scope) is not None:
-            raise Unreadable("a return amid a loop")
-        for value, length in lengths.values():
-            value[length:] = [self.node("each", item) for item in value[length:]]
-        for symbol, end in made:
-            self.carried[symbol] = end()
-        for symbol, _ in made:
-            if self.carried[symbol] is symbol:  # not changed in the loop
-                self._replace(scope, symbol)
-
-    def _replace(self, scope: dict[str, Any], symbol: Node) -> None:
-        self._count(len(scope))
-        for name, value in scope.items():
-            if value is symbol:
-                scope[name] = symbol.args[1]
-            elif isinstance(value, list):
-                value[:] = [symbol.args[1] if item is symbol else item for item in value]
 
     # Expressions
 
@@ -346,195 +376,305 @@ class Reader:
             return tree.value
         if isinstance(tree, ast.Name):
             if tree.id in scope:
-                value = scope[tree.id]
-                while isinstance(value, Node) and value in self._changed:
-                    value = self._changed[value]
-                return value
-            return {"inf": float("inf"), "nan": float("nan")}.get(tree.id) or self.node("name", tree.id)
+                return scope[tree.id]
+            if tree.id in ("inf", "nan"):
+                return float(tree.id)
+            raise Unreadable(f"the name {tree.id}")
         if isinstance(tree, ast.Tuple):
             return tuple(self._value(item, scope) for item in tree.elts)
         if isinstance(tree, ast.List):
             return [self._value(item, scope) for item in tree.elts]
+        if isinstance(tree, ast.Dict):
+            return {
+                self._value(k, scope): self._value(v, scope) for k, v in zip(tree.keys, tree.values, strict=True) if k
+            }
         if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, (ast.USub, ast.Not)):
-            value = self._value(tree.operand, scope)
-            if not isinstance(value, (bool, int, float)):
-                return self.node("neg", value)
-            return -value if isinstance(tree.op, ast.USub) else not value
+            return self._call(
+                "neg" if isinstance(tree.op, ast.USub) else "__not__", [self._value(tree.operand, scope)], {}
+            )
+        if isinstance(tree, ast.IfExp):
+            return self._value(tree.body if self._truth(tree.test, scope) else tree.orelse, scope)
         if isinstance(tree, ast.Subscript):
-            value = self._value(tree.value, scope)
-            return self._item(value, self._value(tree.slice, scope), None)
+            return self._call("__getitem__", [self._value(tree.value, scope), self._value(tree.slice, scope)], {})
         if isinstance(tree, ast.Attribute):
-            name = self._dotted(tree, scope)
+            name = _dotted(tree, scope)
             if name is None:
                 return self._attribute(self._value(tree.value, scope), tree.attr)
             if name.startswith("CONSTANTS.c"):
-                return self._archive.constants[int(name[11:])]
-            return self.node("name", name)
+                return self._lift(self._archive.constants[int(name[11:])])
+            return _Function(name)
         if isinstance(tree, ast.Call):
-            return self._call(tree, scope)
+            return self._called(tree, scope)
         raise Unreadable(f"an expression {type(tree).__name__}")
 
-    def _dotted(self, tree: ast.expr, scope: dict[str, Any]) -> str | None:
-        """A name with dots that starts with no variable: torch.add, CONSTANTS.c0, __torch__.f."""
-        parts = []
-        while isinstance(tree, ast.Attribute):
-            parts.append(tree.attr)
-            tree = tree.value
-        if not isinstance(tree, ast.Name) or tree.id in scope:
-            return None
-        return ".".join([tree.id, *reversed(parts)])
-
-    def _item(self, value: Any, k: Any, count: int | None) -> Any:
-        if isinstance(value, (list, tuple, dict)):
-            if isinstance(k, (int, str)):
-                item = value[k]  # type: ignore[index]
-                return item.args[0] if _is_each(item) else item
-            return self.node("item", list(value) if not isinstance(value, dict) else "dict", k)
-        if isinstance(value, Node):
-            if value.op == "either":
-                return self._either(self._item(value.args[0], k, count), self._item(value.args[1], k, count))
-            if value.op == "chunk":
-                return self.node("part", value.args[0], value.args[1], k, *value.args[2:])
-            if value.op == "unbind":
-                return self.node("select", value.args[0], *(value.args[1:] or (0,)), k)
-            return self.node("item", value, k)
-        raise Unreadable("an item of a value that has none")
-
-    def _call(self, tree: ast.Call, scope: dict[str, Any]) -> Any:
+    def _called(self, tree: ast.Call, scope: dict[str, Any]) -> Any:
         callee = tree.func
-        name = self._dotted(callee, scope) if isinstance(callee, (ast.Attribute, ast.Name)) else None
+        name = _dotted(callee, scope)
         if name in ("annotate", "unchecked_cast"):
             return self._value(tree.args[1], scope)
         if name == "uninitialized":
-            return self.node("uninitialized")
+            return None
         args = [self._value(item, scope) for item in tree.args]
         keywords = {item.arg: self._value(item.value, scope) for item in tree.keywords if item.arg}
         if name is None:
             if isinstance(callee, ast.Attribute):
                 owner = self._value(callee.value, scope)
-                function = self._method(owner, callee.attr) if isinstance(owner, Object) else None
+                function = self._definitions.method(owner, callee.attr) if isinstance(owner, Object) else None
                 if function is None:
                     raise Unreadable(f"a call of {callee.attr}")
                 return self._invoke(function, [owner, *args], keywords)
             target = self._value(callee, scope)
-            if not isinstance(target, Node) or target.op != "name":
+            if not isinstance(target, _Function):
                 raise Unreadable("a call of a value")
-            name = str(target.args[0])
+            name = target.name
         if name == "getattr":
-            return self._attribute(args[0], args[1])
+            return self._attribute(*args)
         if name.startswith("__torch__"):
-            definition = self._definition(name)
+            definition = self._definitions.named(name)
             if isinstance(definition, ast.FunctionDef):
-                return self._invoke(_Function(definition, name, None), args, keywords)
-            return self.node("object", name, *args)
-        return self._operator(name, args, keywords)
-
-    def _operator(self, name: str, args: list[Any], keywords: dict[str, Any]) -> Any:
+                return self._invoke(definition, args, keywords)
+            bases = definition.bases if isinstance(definition, ast.ClassDef) else []
+            if [base.id for base in bases if isinstance(base, ast.Name)] == ["NamedTuple"]:
+                return tuple(args)
+            raise Unreadable(f"an object of the class {name}")
+        if name.startswith("ops.cellstep."):
+            raise Unreadable("an operator of cellstep")
         if name == "ops.prim.RaiseException":
-            raise _Raised
-        if name == "torch.append":
+            raise Unreadable("input that the code itself refuses")
+        for prefix in ("torch.", "ops.aten.", "ops.prim."):
+            name = name.removeprefix(prefix)
+        return self._call(_ALIASES.get(name, name), args, keywords)
+
+    # Operators
+
+    def _call(self, name: str, args: list[Any], keywords: dict[str, Any]) -> Any:
+        self._count()
+        if args and isinstance(args[0], Tensor):
+            if name == "size":
+                return args[0].size(args[1]) if len(args) > 1 else list(args[0].shape)
+            if name in ("dim", "numel", "len"):
+                return {"dim": args[0].dim(), "numel": args[0].numel(), "len": len(args[0])}[name]
+            if name in _ITEMS:
+                number: Any = args[0].item()
+                convert = _NUMBERS.get(name.removesuffix("Implicit"))
+                return convert(number) if convert else number
+            if name in ("dtype", "device", "layout"):
+                return None
+            if name in ("is_cuda", "is_floating_point", "requires_grad"):
+                return name == "is_floating_point" and args[0].is_floating_point()
+            if name in _CASTS:
+                return self._cast(args, keywords)
+            if name == "dropout" or name == "dropout_":
+                return args[0]
+        if name == "tensor":
+            return self._made_tensor(args[0])
+        if name == "NumToTensor":
+            return self._made_tensor(*args)
+        if not any(isinstance(arg, Tensor) for arg in args) or name == "__getitem__":
+            found = self._on_numbers(name, args)
+            if found is not NotImplemented:
+                return found
+        if name in ("_set_item", "__getitem__") and isinstance(args[0], dict) and not _is_plain(args[1]):
+            raise Unreadable("a key that is neither text nor number")
+        if name == "append":
+            self._count(len(args[0]) // 64)
             args[0].append(args[1])
             return args[0]
-        if name == "torch._set_item":
-            if not isinstance(args[0], (list, dict)) or not isinstance(args[1], (int, str)):
-                raise Unreadable("a list that is filled at a place not known")
+        if name == "_set_item" and isinstance(args[0], (list, dict)):
             args[0][args[1]] = args[2]
             return args[0]
-        if name == "torch.copy_":  # into a buffer of the module; the values of this call are already read
-            if self._is_buffer(args[0]):
-                return args[0]
-            raise Unreadable("a value changed in place")
-        if name in ("torch.__is__", "torch.__isnot__"):
-            same = args[0] is None and args[1] is None
-            return same if name == "torch.__is__" else not same
-        if name == "torch.len" and isinstance(args[0], (list, tuple, str)) and not any(map(_is_each, args[0])):
-            return len(args[0])
-        name = name.replace("ops.aten.", "torch.")
-        if name.endswith("_") and not name.endswith("__"):
-            made = self._operator(name[:-1], list(args), keywords)
-            if isinstance(args[0], Node) and made is not args[0]:
-                if args[0] in self._changed or args[0].op in ("slice", "select", "carried"):
-                    raise Unreadable("a value changed in place")
-                self._changed[args[0]] = made
-            return made
-        name = _ALIASES.get(name, name)
-        if name in _SAME and args:
-            return args[0]
-        if keywords and name in ("torch.add", "torch.sub"):
-            args = [*args, keywords.get("alpha", 1)]
-            keywords = {}
-        if name in ("torch.add", "torch.sub", "torch.rsub") and len(args) == 3:
-            if args[2] != 1:
-                raise Unreadable(f"{name} with a factor")
-            args = args[:2]
-        if args and all(isinstance(arg, (bool, int, float)) for arg in args) and name in _NUMBERS:
-            number = _NUMBERS[name](*args)
-            if abs(number) > 1 << 63 and number != float("inf"):
+        if name in ("__is__", "__isnot__"):
+            return (args[0] is args[1]) == (name == "__is__")
+        if name.endswith("_") and name[:-1] in _IN_PLACE:
+            return self._in_place(name, args, keywords)
+        if name not in _ALLOWED:
+            raise Unreadable(f"the operator {name}")
+        return self._operator(name, args, keywords)
+
+    def _on_numbers(self, name: str, args: list[Any]) -> Any:
+        """Operators on numbers, text and lists; NotImplemented for others."""
+        numbers = all(isinstance(arg, (bool, int, float)) for arg in args)
+        if name in _NUMBERS and args:
+            comparison = name in ("eq", "ne") and all(_is_plain(arg) or _is_flat(arg) for arg in args)
+            lists = [arg for arg in args if isinstance(arg, (list, tuple, str))]
+            if lists and name in ("add", "mul"):
+                if (
+                    name == "mul"
+                    or sum(map(len, lists)) > _LIST_LIMIT
+                    or not all(isinstance(arg, list) for arg in args)
+                ):
+                    raise Unreadable("a list or text out of the ordinary")
+                self._count(sum(map(len, lists)))
+            elif not numbers and not comparison:
+                return NotImplemented
+            result = _NUMBERS[name](*args)
+            if type(result) is int and abs(result) >= 1 << 63:
                 raise Unreadable("numbers out of the ordinary")
-            return number
-        if name in _FOLDED and not keywords and all(isinstance(arg, (Tensor, bool, int, float)) for arg in args):
-            return self._fold(name, args)
-        return self._normal(name.removeprefix("torch."), args, keywords)
+            return result
+        if name in ("__is__", "__isnot__"):
+            return (args[0] is None and args[1] is None) == (name == "__is__")
+        if name in _ON_LISTS and isinstance(args[0], (list, tuple, dict, str)):
+            self._count(len(args[0]) // 64)
+            if name == "slice":
+                return list(args[0])[slice(*[*args[1:], None, None][:3])]
+            if name == "__contains__":
+                return _is_flat(args[0]) and _is_plain(args[1]) and args[1] in args[0]
+            if isinstance(args[0], dict) and not (
+                _is_plain(args[1]) if name == "__getitem__" else name in ("len", "keys")
+            ):
+                raise Unreadable("a dictionary used in a way that is not followed")
+            if name == "len":
+                return len(args[0])
+            return args[0][args[1]] if name == "__getitem__" else list(args[0])
+        if name == "format":
+            return args[0]
+        if name in _SILENT:
+            return None
+        return NotImplemented
 
-    def _is_buffer(self, value: Any) -> bool:
-        """Whether a value is a buffer of a module, whole or in part."""
-        while isinstance(value, Node) and value.op in ("slice", "select") and value.args:
-            value = value.args[0]
-        return isinstance(value, Tensor)
+    def _made_tensor(self, numbers: Any) -> Tensor:
+        if not (_is_plain(numbers) or _is_flat(numbers)) or isinstance(numbers, str):
+            raise Unreadable("a tensor of something else than numbers")
+        tensor = torch.tensor(numbers)
+        tensor = tensor.double() if tensor.is_floating_point() else tensor
+        return self._keep(tensor, Node("numbers", (), tensor))
 
-    def origin(self, tensor: Tensor) -> Tensor:
-        """The tensor of the file that a constant is, or is the transpose of."""
-        return self._folds.get(id(tensor), tensor)
+    def _cast(self, args: list[Any], keywords: dict[str, Any]) -> Tensor:
+        """Another type: floating-point types are all one here."""
+        tensor: Tensor = args[0]
+        codes = [value for value in (*args[1:], *keywords.values()) if type(value) is int]
+        kind = _INTEGERS.get(codes[0]) if codes else None
+        if kind is None or kind == tensor.dtype:
+            if tensor.is_floating_point() or not codes:
+                return tensor
+            kind = torch.float64
+        made = tensor.to(kind)
+        return self._keep(made, Node("cast", (self.node(tensor),), made))
 
-    def _fold(self, name: str, args: list[Any]) -> Tensor:
-        key = ("fold", name, *(self._key(arg) for arg in args))
-        if key not in self._interned:
-            transposed = name in ("torch.t", "torch.numpy_T") or (name == "torch.transpose" and args[0].dim() == 2)
-            if transposed and id(args[0]) in self._folds:
-                self._interned[key] = self._folds[id(args[0])]
-            else:
-                shapes = [arg.shape for arg in args if isinstance(arg, Tensor)]
-                if len(shapes) > 1 and torch.broadcast_shapes(*shapes).numel() > max(shape.numel() for shape in shapes):
-                    raise Unreadable("constants that grow")
-                made = _FOLDED[name](*(torch.tensor(arg) if k == 0 and not isinstance(arg, Tensor) else arg
-                                       for k, arg in enumerate(args)))  # fmt: skip
-                self._interned[key] = made
-                if transposed:
-                    self._folds[id(made)] = args[0]
-            self._kept.append((args, self._interned[key]))
-        found: Tensor = self._interned[key]
-        return found
+    def _operator(self, name: str, args: list[Any], keywords: dict[str, Any]) -> Any:
+        if not all(isinstance(arg, Tensor) or _is_plain(arg) or _is_flat(arg) for arg in (*args, *keywords.values())):
+            raise Unreadable(f"the operator {name} on lists of lists")
+        keywords = {key: value for key, value in keywords.items() if key not in _ABOUT_PLACES and value is not None}
+        if "dtype" in keywords:
+            keywords["dtype"] = _INTEGERS.get(keywords["dtype"], torch.float64)
+        elif name in _CREATORS and name != "arange" and not name.endswith("_like") and not name.startswith("new_"):
+            keywords["dtype"] = torch.float64
+        if name in ("softmax", "log_softmax", "cumsum"):
+            args = args[:2]
+        if name == "batch_norm":
+            args = [*args[:5], False, *args[6:]]
+        if name in ("lstm", "gru"):
+            if len(args) != 9 or not isinstance(args[2], list):
+                raise Unreadable("a packed sequence")
+            args = [*args[:5], 0.0, False, *args[7:]]
+        function = getattr(torch.ops.aten, name)
+        self._measure(name, function, args, keywords)
+        made = function(*args, **keywords)
+        where = tuple(self._where(arg) for arg in (*args, *keywords.values()))
+        if isinstance(made, Tensor):
+            return self._keep(made, Node(name, where, made))
+        node = Node(name, where, None)
+        self.nodes.append(node)
+        parts = [self._keep(part, Node("item", (node, k), part)) for k, part in enumerate(made)]
+        return parts if isinstance(made, list) else tuple(parts)
 
-    def _normal(self, op: str, args: list[Any], keywords: dict[str, Any]) -> Any:
-        """A node in which every kind of linear layer is ("linear", x, weight (out, in), bias or None)."""
-        if op == "addmm":
-            if any(keywords.get(name, 1) != 1 for name in ("alpha", "beta")):
-                raise Unreadable("addmm with factors")
-            return self._plus(self._normal("matmul", args[1:3], {}), args[0])
-        if op == "matmul" and isinstance(args[1], Tensor) and args[1].dim() == 2:
-            return self.node("linear", args[0], self._fold("torch.t", [args[1]]), None)
-        if op == "linear" and all(isinstance(arg, Tensor) or arg is None for arg in args[1:]):
-            return self.node("linear", args[0], args[1], args[2] if len(args) > 2 else None)
-        if op == "add":
-            return self._plus(args[0], args[1])
-        if op == "stack" and isinstance(args[0], list) and len(args[0]) == 1 and _is_each(args[0][0]):
-            return self.node("steps", args[0][0].args[0], keywords.get("dim", args[1] if len(args) > 1 else 0))
-        if op == "cat" and isinstance(args[0], list) and len(args[0]) == 1:
-            if _is_each(args[0][0]):
-                inner = args[0][0].args[0]
-                along = args[1] if len(args) > 1 else keywords.get("dim", 0)
-                if isinstance(inner, Node) and inner.op == "unsqueeze" and inner.args[1] == along:
-                    return self.node("steps", inner.args[0], along)
-        return self.node(op, *args, *(v for k, v in keywords.items() if k not in ("dtype", "layout", "device")))
+    def _measure(self, name: str, function: Any, args: list[Any], keywords: dict[str, Any]) -> None:
+        """Find out by a calculation without values how much an operator will make, and refuse too much."""
+        tensors = list(_tensors(args))
+        if any(tensor.numel() > 4 * _SIZE_LIMIT for tensor in tensors):
+            raise Unreadable("a value larger than is computed here")
+        if name in ("lstm", "gru"):
+            steps = math.prod(args[0].shape[:-1]) if args[0].dim() > 1 else 1
+            self._products -= steps * sum(weight.numel() for weight in args[2])
+            made = steps * sum(weight.size(0) for weight in args[2])
+        else:
+            where = {"device": "meta"} if name in _CREATORS else {}
+            shapes = function(*_on_meta(args), **{k: _on_meta(v) for k, v in keywords.items()}, **where)
+            parts = [shapes] if isinstance(shapes, Tensor) else list(shapes)
+            made = sum(part.numel() for part in parts)
+            if name in _PRODUCTS or name.endswith("_cell"):
+                self._products -= made * max(tensor.size(-1) if tensor.dim() else 1 for tensor in tensors)
+                self._products -= made * max(tensor.size(0) if tensor.dim() else 1 for tensor in tensors)
+        self._made -= made
+        if made > _SIZE_LIMIT or min(self._made, self._products) < 0:
+            raise Unreadable("more values than are computed here")
 
-    def _plus(self, one: Any, other: Any) -> Any:
-        for a, b in ((one, other), (other, one)):
-            fits = isinstance(a, Node) and a.op == "linear" and a.args[2] is None and isinstance(b, Tensor)
-            if fits and b.shape == (a.args[1].size(0),):
-                return self.node("linear", a.args[0], a.args[1], b)
-        return self.node("add", one, other)
+    def _where(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.node(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._where(item) for item in value)
+        return value
+
+    def _in_place(self, name: str, args: list[Any], keywords: dict[str, Any]) -> Any:
+        """An operator that changes its first argument, and with it everything that shares its memory."""
+        target = args[0]
+        if not isinstance(target, Tensor):
+            raise Unreadable("a list changed in place")
+        where = tuple(self._where(arg) for arg in args)
+        sharing = list(self._sharing[target.untyped_storage().data_ptr()])
+        self._count(len(sharing))
+        for tensor in sharing:
+            node = self.node(tensor)
+            if node.value is tensor:
+                node.value = tensor.clone()
+            if node.root is not None:
+                self.written[id(node.root)] = node.root
+        self._measure(name, getattr(torch.ops.aten, name), [torch.empty_like(target), *args[1:]], keywords)
+        getattr(torch.ops.aten, name)(*args, **keywords)
+        base = name[:-1]
+        op, where = (
+            ("clone", where[1:2]) if base == "copy" else ("numbers", ()) if base in ("zero", "fill") else (base, where)
+        )
+        new = Node(op, where, target.clone())
+        self.nodes.append(new)
+        for tensor in sharing:
+            whole = tensor.numel() == target.numel()
+            self._nodes[id(tensor)] = (
+                new if whole else Node("changed in part", (self.node(tensor), new), tensor.clone())
+            )
+        return target
 
 
-def _is_each(value: Any) -> bool:
-    """Whether a value in a list stands for one of every step."""
-    return isinstance(value, Node) and value.op == "each"
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether a value is a list without lists in it: nested ones can be longer than they look."""
+    flat = isinstance(value, (list, tuple)) and len(value) <= _LIST_LIMIT
+    return flat and all(isinstance(item, Tensor) or _is_plain(item) for item in value)
+
+
+class _Function:
+    """A name of the code that is called later."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _dotted(tree: ast.expr, scope: dict[str, Any]) -> str | None:
+    """A name with dots that starts with no variable: torch.add, CONSTANTS.c0, __torch__.f."""
+    parts = []
+    while isinstance(tree, ast.Attribute):
+        parts.append(tree.attr)
+        tree = tree.value
+    if not isinstance(tree, ast.Name) or tree.id in scope:
+        return None
+    return ".".join([tree.id, *reversed(parts)])
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_meta(item) for item in value)
+    return value

@@ -1,5 +1,6 @@
 """What an archive holds that cellstep knows: LSTMs, cells, dense layers, scaling, and states that were saved."""
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cellstep.nn import LSTM, Chain, Dense, LSTMCell, Scale, Unscale
+from cellstep.nn import LSTM, Chain, Dense, LSTMCell
+from cellstep.rescue import build
 from cellstep.rescue.archive import Archive, Object, read_archive
-from cellstep.rescue.code import Reader, Unreadable
-from cellstep.rescue.line import Affine, Line, Linear, Lines, Recurrent
+from cellstep.rescue.line import Affine, Linear, Recurrent, layers
+from cellstep.rescue.match import Match, search, state_sizes
 
 _SCALING = re.compile(
     r"_?(in|input|inputs|x|obs|observation|feature|features|out|output|outputs|y|target|action)?_?"
@@ -20,7 +22,8 @@ _SCALING = re.compile(
 )
 _STATE = re.compile(r"_*(h|c|hx|cx|h_?0|c_?0|h_?n|c_?n|.*hidden.*|.*state.*|.*memory.*|cell|.*cell_state)_?\d*")
 _GATES = "ifgo"
-_ODD = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+_SMALL = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -34,9 +37,14 @@ class Finding:
         state: saved states that are not zero.
         unknown: what is not understood, a line each.
         order: the keys of modules, dense and scaling in the order in which the file holds them.
-        line: the way from input to answer, if the code was understood as a whole.
-        reason: why there is no such way, or why it makes no chain; otherwise empty.
+        chain: the model as a whole, if its code was followed from input to answer and gives the chain's numbers.
+        match: how the two were compared.
+        reason: why there is no chain; otherwise empty.
+        notes: what else a user should know.
+        archive: what was read.
     """
+
+    archive: Archive
 
     modules: dict[str, LSTM | LSTMCell] = field(default_factory=dict)
     dense: dict[str, Dense] = field(default_factory=dict)
@@ -44,23 +52,32 @@ class Finding:
     state: dict[str, Tensor] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
-    line: Line | None = None
+    chain: Chain | None = None
+    match: Match | None = None
     reason: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 def read(path: str | os.PathLike[str]) -> Finding:
-    """Look through a TorchScript file of any torch since 1.0, without running anything of it.
+    """Look through a TorchScript file of any torch since 1.0; nothing of it is run by Python or torch.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no TorchScript archive, is damaged, or holds what such a file has no reason to hold.
+        ValueError: it is no TorchScript archive, is damaged, or holds what such a file has no reason to hold; or it is
+            one that cellstep exported, which is better made from its ``.safetensors``.
     """
-    return _Search(read_archive(path)).finding
+    archive = read_archive(path)
+    if any("ops.cellstep." in text for text in archive.sources.values()):
+        raise ValueError(
+            f"expected a TorchScript file of another program; got one that cellstep exported ('{path}'), whose weights "
+            "are packed; export the .safetensors file that it was made from"
+        )
+    return _Search(archive).finding
 
 
 class _Search:
     def __init__(self, archive: Archive) -> None:
-        self.finding = Finding()
+        self.finding = Finding(archive)
         self._names: dict[int, str] = {}  # of the file's tensors
         self._used: set[int] = set()
         self._positions: dict[str, int] = {}
@@ -69,48 +86,46 @@ class _Search:
             if id(value) not in self._names:
                 self._names[id(value)] = name
                 tensors.append(value)
-        held = len(tensors)
         for k, value in enumerate(archive.constants):
             if isinstance(value, Tensor) and id(value) not in self._names:
                 self._names[id(value)] = f"c{k}"
                 tensors.append(value)
         self._place = {id(tensor): k for k, tensor in enumerate(tensors)}
+        self._dtype = next((t.dtype for t in tensors if t.is_floating_point() and t.dim() == 2), torch.float32)
 
-        reader = Reader(archive)
-        lines = Lines(reader)
-        try:
-            reader.read()
-            self.finding.line = lines.line()
-        except Unreadable as error:
-            self.finding.reason = str(error)
-        except _ODD as error:
-            self.finding.reason = f"code out of the ordinary ({type(error).__name__})"
-        try:
-            self._take_code(lines)
-        except _ODD as error:
-            self.finding.unknown.append(f"code out of the ordinary ({type(error).__name__})")
+        found = search(archive, _columns(tensors), _states(archive.root, tensors))
+        line = found.match.line if found.match else []
+        self.finding.match, self.finding.reason = found.match, found.reason
+        self._take_code([*(stage for stage in line if isinstance(stage, (Recurrent, Linear))), *layers(found.nodes)])
         self._take_objects(archive.root)
-        self._take_scaling(tensors)
-        self._take_states(tensors[:held])
+        self._take_scaling(tensors, {id(stage.root) for stage in line if isinstance(stage, Affine)})
+        self._take_states(tensors)
         self._list_unknown(archive, tensors)
         self.finding.order = sorted(self._positions, key=self._positions.__getitem__)
+        if found.match is not None:
+            self._take_match(found.match)
+        if archive.root.state.get("training") is True:
+            self.finding.notes.append("it was saved in training mode; it is taken as it answers in evaluation mode")
 
-    def _take_code(self, lines: Lines) -> None:
-        found = list(lines.found())
+    def _take_match(self, match: Match) -> None:
+        dtype = self._dtype
+        if dtype in _SMALL:
+            self.finding.notes.append(
+                f"its weights are {str(dtype).removeprefix('torch.')}; they are written as float32"
+            )
+            dtype = torch.float32
+        if match.layout.stepwise and not match.keeps_state:
+            self.finding.notes.append("it starts anew in every call; the files written can carry a state, too")
+        self.finding.notes += [f"it takes {limit}; the files written take any" for limit in match.limits]
+        self.finding.chain = match.chain.to(dtype)
+
+    def _take_code(self, found: Sequence[Recurrent | Linear]) -> None:
         for stage in found:
-            if isinstance(stage, Recurrent):
-                name = self._common_name(stage.roots)
-                self._keep(name, stage.roots, lambda stage=stage: _module(stage), self.finding.modules)
-                for kind, state in zip("hc", stage.states, strict=False):
-                    if isinstance(state, Tensor) and state.is_floating_point() and bool(state.any()):
-                        self.finding.state[self._names.get(id(state), f"{name}.{kind}")] = state
-                    if id(state) in self._names:
-                        self._used.add(id(state))
+            if isinstance(stage, Recurrent) and not self._used.intersection(map(id, stage.roots)):
+                self._keep(self._common_name(stage.roots), stage)
         for stage in found:
-            if isinstance(stage, Linear) and id(stage.roots[0]) not in self._used:
-                self._keep(
-                    self._common_name(stage.roots), stage.roots, lambda stage=stage: _dense(stage), self.finding.dense
-                )
+            if isinstance(stage, Linear) and stage.roots and id(stage.roots[0]) not in self._used:
+                self._keep(self._common_name(stage.roots), stage)
 
     def _common_name(self, roots: Sequence[Tensor]) -> str:
         """The module that holds the tensors: cells.0 of cells.0.W_ii; a constant by its own name."""
@@ -121,20 +136,20 @@ class _Search:
             return names[0]
         owners = [name.split(".")[:-1] for name in names]
         common = [parts[0] for parts in zip(*owners, strict=False) if len(set(parts)) == 1]
-        return ".".join(common) or names[0]
+        return ".".join(common) or "model"
 
-    def _keep(self, name: str, roots: Sequence[Tensor], make: Any, into: dict[str, Any]) -> bool:
+    def _keep(self, name: str, stage: Recurrent | Linear) -> None:
         try:
-            made = make()
+            made = build.module(stage) if isinstance(stage, Recurrent) else build.dense(stage)
         except (ValueError, RuntimeError) as error:
             self.finding.unknown.append(f"{name}: {' '.join(str(error).split())[:200]}")
-            return False
+            return
         while name in self._positions:
             name += "'"
-        into[name] = made
-        self._positions[name] = min((self._place.get(id(root), 0) for root in roots), default=0)
-        self._used.update(id(root) for root in roots)
-        return True
+        into: dict[str, Any] = self.finding.modules if isinstance(stage, Recurrent) else self.finding.dense
+        into[name] = made.to(self._dtype)
+        self._positions[name] = min((self._place.get(id(root), 0) for root in stage.roots), default=0)
+        self._used.update(id(root) for root in stage.roots)
 
     def _take_objects(self, root: Object) -> None:
         for path, item in _objects(root):
@@ -146,31 +161,29 @@ class _Search:
                 if isinstance(stage, Recurrent):
                     others = [key for key, value in fresh.items() if not any(value is root for root in stage.roots)]
                     if kind in ("LSTM", "LSTMCell", "") or not others:
-                        self._keep(name, stage.roots, lambda stage=stage: _module(stage), self.finding.modules)
+                        self._keep(name, stage)
                 elif kind in ("Linear", "Dense", "NonDynamicallyQuantizableLinear") or (
                     set(fresh) == {"weight", "bias"} and kind not in ("Embedding", "Bilinear")
                 ):
-                    self._keep(name, stage.roots, lambda stage=stage: _dense(stage), self.finding.dense)
+                    self._keep(name, stage)
 
-    def _take_scaling(self, tensors: Sequence[Tensor]) -> None:
-        constants = (
-            {id(s.value) for s in self.finding.line.stages if isinstance(s, Affine)} if self.finding.line else set()
-        )
+    def _take_scaling(self, tensors: Sequence[Tensor], scales: set[int]) -> None:
         for tensor in tensors:
             name = self._names[id(tensor)]
             named = _SCALING.fullmatch(name.rpartition(".")[2]) and tensor.is_floating_point()
-            if id(tensor) not in self._used and (named or id(tensor) in constants):
+            if id(tensor) not in self._used and (named or id(tensor) in scales):
                 self.finding.scaling[name] = tensor
                 self._positions[name] = self._place[id(tensor)]
                 self._used.add(id(tensor))
 
     def _take_states(self, tensors: Sequence[Tensor]) -> None:
-        sizes = {size for module in self.finding.modules.values() for size in _state_sizes(module)}
+        """What the code keeps from call to call, or else what has the name and the size of a state."""
+        saved = {id(tensor) for tensor in self.finding.match.saved} if self.finding.match else set()
+        sizes = {size for module in self.finding.modules.values() for size in _sizes(module)}
         for tensor in tensors:
             name = self._names[id(tensor)]
-            if id(tensor) in self._used or not _STATE.fullmatch(name.rpartition(".")[2].lower()):
-                continue
-            if tensor.dim() and tensor.size(-1) in sizes and tensor.is_floating_point():
+            named = _STATE.fullmatch(name.rpartition(".")[2].lower()) and tensor.dim() and tensor.size(-1) in sizes
+            if id(tensor) in saved or (self.finding.match is None and named and id(tensor) not in self._used):
                 self._used.add(id(tensor))
                 if bool(tensor.any()):
                     self.finding.state[name] = tensor
@@ -186,6 +199,39 @@ class _Search:
             kind = kinds.get(owner)
             where = f"{owner or 'model'} ({kind})" if kind else owner or "model"
             self.finding.unknown.append(f"{where}: {', '.join(names)}")
+
+
+def compare(finding: Finding, chain: Chain) -> None:
+    """Take a chain of the user's making instead of what the code says, and see whether it gives the code's numbers."""
+    proposal = copy.deepcopy(chain).double()
+    sizes = proposal.initial_state(1)
+    found = search(finding.archive, [chain.input_size], [(sizes[0].size(0), chain.h_size, chain.c_size)], proposal)
+    finding.chain, finding.match, finding.reason = chain, found.match, found.reason
+    if found.match is not None:
+        chain.answers = found.match.chain.answers  # type: ignore[misc]
+
+
+def _columns(tensors: Sequence[Tensor]) -> list[int]:
+    """What the number of input columns may be: weights have so many, or so many rows where they lie transposed."""
+    matrices = [tensor for tensor in tensors if tensor.dim() == 2 and tensor.is_floating_point()]
+    return [tensor.size(1) for tensor in matrices] + [tensor.size(0) for tensor in matrices]
+
+
+def _states(root: Object, tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    """What the sizes of a state may be: those of the LSTMs by name, and of as many layers as weights look like it."""
+    found = []
+    for _, item in _objects(root):
+        known = _by_names({name: value for name, value in item.state.items() if isinstance(value, Tensor)})
+        found += [state_sizes(stage) for stage in known if isinstance(stage, Recurrent) and stage.weights[1].dim() == 2]
+    shapes = [sorted(tensor.shape) for tensor in tensors if tensor.dim() == 2]
+    for small, large in shapes:
+        if large in (small, 4 * small):
+            found += [(count, small, small) for count in range(1, 1 + min(8, shapes.count([small, large])))]
+    return found
+
+
+def _sizes(module: LSTM | LSTMCell) -> tuple[int, int]:
+    return module.hidden_size, getattr(module, "proj_size", 0) or module.hidden_size
 
 
 def _objects(root: Object) -> Iterator[tuple[str, Object]]:
@@ -249,204 +295,7 @@ def _by_names(tensors: dict[str, Tensor]) -> list[Recurrent | Linear]:
     return []
 
 
-def _module(stage: Recurrent) -> LSTM | LSTMCell:
-    """A module with the weights of a stage; ValueError if their shapes are not those of an LSTM."""
-    w_ih, w_hh = stage.weights[:2]
-    if w_ih.dim() != 2 or w_hh.dim() != 2 or not w_ih.is_floating_point() or w_ih.numel() * w_hh.numel() == 0:
-        raise ValueError(f"weights of shapes {tuple(w_ih.shape)} and {tuple(w_hh.shape)} are not those of an LSTM")
-    hidden, recurrent = w_ih.size(0) // 4, w_hh.size(1)
-    if w_ih.size(0) != 4 * hidden or w_hh.size(0) != 4 * hidden or recurrent > hidden:
-        raise ValueError(f"weights of shapes {tuple(w_ih.shape)} and {tuple(w_hh.shape)} are not those of an LSTM")
-    module: LSTM | LSTMCell
-    if stage.is_cell:
-        module = LSTMCell(w_ih.size(1), hidden, stage.bias, dtype=w_ih.dtype)
-    else:
-        each = 2 + 2 * stage.bias + (recurrent < hidden)
-        if len(stage.weights) != each * stage.num_layers * (1 + stage.bidirectional):
-            raise ValueError(f"{len(stage.weights)} weights are not those of an LSTM of {stage.num_layers} layers")
-        module = LSTM(
-            w_ih.size(1),
-            hidden,
-            stage.num_layers,
-            stage.bias,
-            stage.batch_first,
-            stage.dropout if stage.num_layers > 1 else 0.0,
-            stage.bidirectional,
-            recurrent if recurrent < hidden else 0,
-            dtype=w_ih.dtype,
-        )
-    _fill(module, stage.weights)
-    return module.eval()
-
-
-def _fill(module: torch.nn.Module, weights: Sequence[Tensor]) -> None:
-    parameters = list(module.named_parameters())
-    for (name, parameter), weight in zip(parameters, weights, strict=True):
-        if parameter.shape != weight.shape:
-            raise ValueError(f"{name} has shape {tuple(weight.shape)} where {tuple(parameter.shape)} fits the others")
-        with torch.no_grad():
-            parameter.copy_(weight)
-
-
-def _dense(stage: Linear, activation: str = "linear") -> Dense:
-    outputs, inputs = stage.weight.shape
-    made = Dense(inputs, outputs, activation, stage.bias is not None, dtype=stage.weight.dtype)
-    _fill(made, [stage.weight] if stage.bias is None else [stage.weight, stage.bias])
-    return made.eval()
-
-
-def _state_sizes(module: LSTM | LSTMCell) -> tuple[int, int]:
-    return module.hidden_size, getattr(module, "proj_size", 0) or module.hidden_size
-
-
-def chain(finding: Finding) -> Chain | None:
-    """The found parts as one model, or None, with the reason in ``finding.reason``.
-
-    Only the code of the file says what is computed from what, so a chain is made where the code was understood whole.
-    It starts from zero, whatever state was saved. The answer is that of the first tensor that ``forward`` returns.
-    """
-    if finding.line is None:
-        return None
-    try:
-        return _Links(finding.line).chain()
-    except (ValueError, RuntimeError) as error:
-        finding.reason = " ".join(str(error).split())
-        return None
-
-
-class _Links:
-    """Puts the stages of a line together as those of a chain."""
-
-    def __init__(self, line: Line) -> None:
-        self._line = line
-        self._stages: list[Scale | Dense | LSTM | Unscale] = []
-        self._pending: list[Affine] = []
-        first = next(stage for stage in line.stages if isinstance(stage, (Linear, Recurrent)))
-        like = first.weight if isinstance(first, Linear) else first.weights[0]
-        self._width, self._dtype = like.size(1), like.dtype
-
-    def chain(self) -> Chain:
-        between = False
-        last = max(k for k, stage in enumerate(self._line.stages) if isinstance(stage, Recurrent))
-        for k, stage in enumerate(self._line.stages):
-            between = between or isinstance(stage, Recurrent)
-            if isinstance(stage, Affine):
-                self._pending.append(stage)
-            else:
-                self._settle()
-                self._add(stage)
-            if between and k < last and not isinstance(stage, Recurrent):
-                raise ValueError("something between two LSTMs that a chain has no place for")
-        if self._pending:
-            offset, scale = self._affine()
-            self._stages.append(Unscale(offset, scale))
-        return Chain(*self._stages, answers=self._line.answers).eval()
-
-    def _add(self, stage: Any) -> None:
-        if isinstance(stage, Recurrent):
-            self._stages.append(_as_lstm(_module(stage)))
-            self._width = stage.output_size
-        elif isinstance(stage, Linear):
-            self._stages.append(_dense(stage))
-            self._width = stage.weight.size(0)
-        else:
-            name = stage.name.split()[0]
-            before = self._stages[-1] if self._stages else None
-            if not isinstance(before, Dense) or before.activation != "linear":
-                before = _dense(Linear(torch.eye(self._width, dtype=self._dtype), None, []))
-                self._stages.append(before)
-            made = Dense(before.in_features, before.out_features, name, before.bias is not None, dtype=self._dtype)
-            _fill(made, list(before.parameters()))
-            self._stages[-1] = made
-
-    def _settle(self) -> None:
-        """Place the scaling so far: first of all as Scale, later as a dense layer with a diagonal weight."""
-        if not self._pending:
-            return
-        if self._stages:
-            offset, scale = self._affine()
-            self._stages.append(_dense(Linear(torch.diag(scale), offset, [])))
-        else:
-            self._stages.append(Scale(*self._input_affine()))
-        self._pending = []
-
-    def _values(self, value: Tensor | float) -> Tensor:
-        """One value a column, as float64."""
-        tensor = torch.as_tensor(value, dtype=torch.float64)
-        if tensor.numel() not in (1, self._width) or (tensor.dim() and tensor.size(-1) != tensor.numel()):
-            raise ValueError(f"scaling of shape {tuple(tensor.shape)} for {self._width} columns")
-        return tensor.reshape(-1).expand(self._width).clone()
-
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        """The pending stages as x * scale + offset."""
-        scale, offset = torch.ones(self._width, dtype=torch.float64), torch.zeros(self._width, dtype=torch.float64)
-        for stage in self._pending:
-            value = self._values(stage.value)
-            if stage.op == "mul":
-                scale, offset = scale * value, offset * value
-            elif stage.op == "div" and not stage.reverse:
-                scale, offset = scale / value, offset / value
-            elif stage.op == "add":
-                offset = offset + value
-            elif stage.op == "sub":
-                scale, offset = (-scale, value - offset) if stage.reverse else (scale, offset - value)
-            else:
-                raise ValueError("a number divided by a value, which no chain does")
-        return offset.to(self._dtype), scale.to(self._dtype)
-
-    def _input_affine(self) -> tuple[Tensor, Tensor]:
-        """The pending stages as (x - offset) * scale."""
-        first, *rest = self._pending
-        if first.op in ("add", "sub") and not first.reverse:
-            # An offset that comes first is kept as it is; a mean of the data is not rounded anew.
-            shift = self._values(first.value) * (-1 if first.op == "add" else 1)
-            self._pending = rest
-            offset, scale = self._affine()
-            if not bool(offset.any()):
-                return shift.to(self._dtype), scale
-            self._pending = [first, *rest]
-        offset, scale = (part.double() for part in self._affine())
-        if bool(((scale == 0) & (offset != 0)).any()):
-            raise ValueError("a column scaled with zero and shifted")
-        shift = torch.where(scale == 0, 0.0, -offset / scale)
-        return shift.to(self._dtype), scale.to(self._dtype)
-
-
-def assemble(finding: Finding, names: Sequence[str]) -> Chain:
-    """Found LSTMs, cells and dense layers as one model that answers from the last step, where the user knows the order.
-
-    Args:
-        names: of ``finding.modules`` and ``finding.dense``, in order; ``fc:relu`` names an activation of a dense one.
-
-    Raises:
-        ValueError: a name is not there, or the sizes do not fit.
-    """
-    stages: list[LSTM | Dense] = []
-    for entry in names:
-        name, _, activation = entry.partition(":")
-        if name in finding.dense:
-            found = finding.dense[name]
-            dense = Dense(found.in_features, found.out_features, activation or "linear", found.bias is not None,
-                          dtype=found.weight.dtype)  # fmt: skip
-            _fill(dense, list(found.parameters()))
-            stages.append(dense)
-        elif name in finding.modules and not activation:
-            stages.append(_as_lstm(finding.modules[name]))
-        else:
-            there = ", ".join([*finding.modules, *finding.dense]) or "nothing"
-            raise ValueError(f"expected names of found layers: {there}; got '{entry}'; choose among them")
-    return Chain(*stages).eval()
-
-
-def _as_lstm(module: LSTM | LSTMCell) -> LSTM:
-    if isinstance(module, LSTM):
-        return module
-    lstm = LSTM(module.input_size, module.hidden_size, bias=module.bias, dtype=module.weight_ih.dtype)
-    _fill(lstm, list(module.parameters()))
-    return lstm.eval()
-
-
-def report(finding: Finding) -> str:
+def report(finding: Finding) -> list[str]:
     """Lines for a reader: what was found, what was not understood, and what to look out for."""
     lines = []
     for name in finding.order:
@@ -467,8 +316,8 @@ def report(finding: Finding) -> str:
     for name, value in finding.state.items():
         largest = float(value.abs().max())
         lines.append(
-            f"warning: {name} is a saved state that is not zero (largest value {largest:.3g}); a chain starts from zero"
+            f"warning: {name} is a saved state that is not zero (largest value {largest:.3g}); "
+            "the files written start from zero"
         )
-    if finding.reason:
-        lines.append(f"no chain: {finding.reason}")
-    return "\n".join(lines)
+    lines += [f"note: {note}" for note in finding.notes]
+    return lines
