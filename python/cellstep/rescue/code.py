@@ -629,10 +629,11 @@ class Evaluator:
         new = Node(op, where, target.clone())
         self.nodes.append(new)
         for tensor in sharing:
-            whole = tensor.numel() == target.numel()
-            self._nodes[id(tensor)] = (
-                new if whole else Node("changed in part", (self.node(tensor), new), tensor.clone())
-            )
+            old = self.node(tensor)
+            if tensor.numel() == target.numel() and tensor.data_ptr() == target.data_ptr():
+                self._nodes[id(tensor)] = new
+            elif not torch.equal(tensor, old.value):
+                self._nodes[id(tensor)] = Node("changed in part", (old, new), tensor.clone())
         return target
 
 

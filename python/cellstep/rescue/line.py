@@ -245,7 +245,7 @@ def _linear(node: Node, state: bool = False) -> tuple[Linear, Node] | None:
         return Linear(args[1].value.t(), None, _roots(args[1])), args[0]
     if (
         op == "addmm"
-        and len(args) == 3
+        and all(factor == 1 for factor in args[3:])
         and _is_constant(args[0])
         and _is_constant(args[2])
         and args[0].value.dim() == 1
