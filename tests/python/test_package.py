@@ -1,8 +1,11 @@
 """The ``.pt2`` road: dynamic batch and time, in Python, in cellstep-run, and in programs of a user's own."""
 
+import re
+import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +38,14 @@ def chain():
 @pytest.fixture(scope="module")
 def package(chain, tmp_path_factory):
     path = tmp_path_factory.mktemp("package") / "model.pt2"
-    compiled(lambda: cellstep.export(chain, path))
+    cellstep.export(chain, path)
     return path
 
 
 @pytest.fixture(scope="module")
 def stream_package(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("package") / "stream.pt2"
-    compiled(lambda: cellstep.export(model, path))
+    cellstep.export(model, path)
     return path
 
 
@@ -116,6 +119,23 @@ def test_a_module_of_ones_own_exported_from_2_to_10_000_steps(tmp_path):
             assert int(first) == steps and torch.equal(y, lstm(x)[0])
             # Outputs are below 1, and float32 rounds to 6e-8, some ten times on the way.
             torch.testing.assert_close(y.double(), reference(x.double())[0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")
+def test_the_compiled_code_is_for_any_cpu_of_the_kind(package, tmp_path):
+    with zipfile.ZipFile(package) as archive:
+        archive.extractall(tmp_path)
+    libraries = list(tmp_path.rglob("*.so"))
+    assert len(libraries) == 3
+    for library in libraries:
+        code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
+        assert "ret" in code and not re.search(r"%[yz]mm", code)
+
+
+def test_loading_says_nothing(package):
+    program = "import sys, cellstep; cellstep.load(sys.argv[1])([[[0.0] * 4]])"
+    done = subprocess.run([sys.executable, "-c", program, package], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_every_step_from_a_state_needs_no_window(model, stream_package):

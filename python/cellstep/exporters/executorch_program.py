@@ -6,9 +6,7 @@ ahead, and the steps of ``forward`` lie in it one after another.
 """
 
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import cellstep
-from cellstep.exporters.files import replacing
+from cellstep.exporters.files import quiet, replacing
 from cellstep.nn import Chain
 
 _VERSION = "cellstep_version"
 _NUMBERS = ["input_size", "output_size", "state_layers", "h_size", "c_size", "window", "horizon"]
 _NAMES = ["feature_names", "output_names"]
 _MISSING = "expected the package executorch; it is not installed; run: pip install cellstep[executorch]"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tools' warnings of their own ways, which no caller can mend."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class _Forward(nn.Module):
@@ -70,7 +60,7 @@ def export_executorch(
         ValueError: another dtype, or a number of steps or rows that is none, or the model does not name its window.
         OSError: the file cannot be written.
     """
-    with _quiet():
+    with quiet():
         try:
             from executorch.exir import to_edge_transform_and_lower
         except ImportError:
@@ -100,7 +90,7 @@ def export_executorch(
         _VERSION: cellstep.__version__,
     }
     # oneDNN's operators would stand for the layers otherwise, and ExecuTorch has none of them.
-    with _quiet(), torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+    with quiet(), torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         programs = {name: torch.export.export(*what, strict=False) for name, what in methods.items()}
         lowered = to_edge_transform_and_lower(programs, partitioner=partitioner, constant_methods=constants)
         program = lowered.to_executorch()
@@ -168,7 +158,7 @@ def load_executorch(path: str | os.PathLike[str]) -> ExecutorchProgram:
     name = os.fspath(path)
     if not os.path.isfile(name):
         raise FileNotFoundError(f"expected a .pte file at '{name}'; there is none; check the path")
-    with _quiet():
+    with quiet():
         try:
             from executorch.runtime import Runtime, Verification
         except ImportError:

@@ -1,7 +1,8 @@
-"""Writing a file so that whoever reads it sees the old one or the new one, never half of it."""
+"""Writing files: whoever reads one sees the old one or the new one, never half of it."""
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,3 +26,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without a compiler's warnings of its own ways, which no caller can mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -6,7 +6,9 @@ operator on the packed weights, so that the numbers are those of every other art
 """
 
 import json
+import logging
 import os
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import cellstep
-from cellstep.exporters.files import replacing
+from cellstep.exporters.files import quiet, replacing
 from cellstep.exporters.torchscript import PackedChain, packed
 from cellstep.nn import Chain
 
@@ -47,8 +49,16 @@ class _Step(_Forward):
 
 
 def export_package(model: Chain, path: Path) -> None:
-    """Compile a float32 or float64 model; this calls the C++ compiler of the machine. ValueError for another dtype."""
-    from torch._inductor import aot_compile
+    """Compile a float32 or float64 model; this calls the C++ compiler of the machine.
+
+    The compiled code runs on any CPU of the machine's architecture from torch 2.13 on; an earlier torch compiles for
+    the machine's own CPU.
+
+    Raises:
+        ValueError: another dtype.
+        OSError: the file cannot be written.
+    """
+    from torch._inductor import aot_compile, config
     from torch._inductor.package import package_aoti
 
     chain = packed(model)
@@ -61,20 +71,28 @@ def export_package(model: Chain, path: Path) -> None:
         "run": (_Run(chain), (windows, h, c), ({0: batch, 1: time}, rows, rows)),
         "step": (_Step(chain), (windows[:, 0], h, c), ({0: batch}, rows, rows)),
     }
-    options = {
+    wanted = {
         "aot_inductor.package": True,
         "aot_inductor.metadata": _metadata(model, chain),
-        # The compiled code only calls the operator: optimising it costs compile time and wins nothing.
-        "aot_inductor.compile_wrapper_opt_level": "O0",
+        # The compiled code only calls the operator: all that counts is that it is small and runs everywhere.
+        "aot_inductor.compile_wrapper_opt_level": "O1",
+        "aot_inductor.enable_line_tables": False,
+        "cpp.march": "",
+        "cpp.simdlen": 0,
     }
-    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+    known = config.get_config_copy()
+    options = {name: value for name, value in wanted.items() if name in known}
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad(), quiet():
         files: dict[str, Any] = {}
         for name, (module, arguments, dynamic) in programs.items():
             program = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
             kept = options | {"aot_inductor.output_path": os.path.join(directory, name)}
             files[name] = aot_compile(program.module(), arguments, options=kept)
+        # Named like the file, since the name becomes that of the folder inside.
+        package = os.path.join(directory, path.name)
+        package_aoti(package, files)
         with replacing(path) as temporary:
-            package_aoti(os.fspath(temporary), files)
+            shutil.copyfile(package, temporary)
 
 
 def _metadata(model: Chain, chain: PackedChain) -> dict[str, str]:
@@ -146,7 +164,14 @@ class Package:
         from torch._inductor.package import load_package as load_program
 
         if name not in self._programs:
-            self._programs[name] = load_program(self._path, name)
+            # Torch compares the instruction sets of the compiler and of this machine; the code was made for any.
+            logger = logging.getLogger("torch.export.pt2_archive._package")
+            level = logger.level
+            logger.setLevel(logging.ERROR)
+            try:
+                self._programs[name] = load_program(self._path, name)
+            finally:
+                logger.setLevel(level)
         return self._programs[name]
 
 
