@@ -21,7 +21,7 @@ from cellstep.rescue.archive import Archive, Object
 
 _TEXT_LIMIT = 4 << 20  # characters of one file
 _STEP_LIMIT = 40_000  # statements, expressions and operators of one call of forward
-_TOTAL_STEP_LIMIT = 1_000_000  # and of all calls
+_TOTAL_STEP_LIMIT = 600_000  # and of all calls
 _SIZE_LIMIT = 1 << 24  # values of one tensor
 _TOTAL_SIZE_LIMIT = 1 << 27  # values made in one call
 _PRODUCT_LIMIT = 1 << 33  # multiplications of matrices in one call
@@ -71,6 +71,10 @@ _ITEMS = {"int", "float", "bool", "item", "Int", "Float", "Bool", "IntImplicit",
 _SILENT = {"warn", "print", "device", "manual_seed", "is_autocast_enabled", "no_grad"}
 _ON_LISTS = {"__getitem__", "slice", "len", "list", "__contains__", "keys"}
 _ABOUT_PLACES = {"layout", "device", "pin_memory", "memory_format", "non_blocking"}
+
+
+#: What code and tensors out of the ordinary may raise where they are put to use.
+ODD = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 class Unreadable(ValueError):
@@ -199,15 +203,7 @@ class Evaluator:
             raise
         except (RecursionError, MemoryError):
             raise Unreadable("code nested too deep") from None
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except ODD as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise Unreadable(f"code that does not run on such input ({lines[0][:120]})") from None
 
@@ -552,6 +548,7 @@ class Evaluator:
         return self._keep(made, Node("cast", (self.node(tensor),), made))
 
     def _operator(self, name: str, args: list[Any], keywords: dict[str, Any]) -> Any:
+        self._count(10)
         if not all(isinstance(arg, Tensor) or _is_plain(arg) or _is_flat(arg) for arg in (*args, *keywords.values())):
             raise Unreadable(f"the operator {name} on lists of lists")
         keywords = {key: value for key, value in keywords.items() if key not in _ABOUT_PLACES and value is not None}

@@ -1,5 +1,6 @@
 """What an archive holds that cellstep knows: LSTMs, cells, dense layers, scaling, and states that were saved."""
 
+import contextlib
 import copy
 import os
 import re
@@ -13,6 +14,7 @@ from torch import Tensor
 from cellstep.nn import LSTM, Chain, Dense, LSTMCell
 from cellstep.rescue import build
 from cellstep.rescue.archive import Archive, Object, read_archive
+from cellstep.rescue.code import ODD
 from cellstep.rescue.line import Affine, Linear, Recurrent, layers
 from cellstep.rescue.match import Match, search, state_sizes
 
@@ -96,7 +98,10 @@ class _Search:
         found = search(archive, _columns(tensors), _states(archive.root, tensors))
         line = found.match.line if found.match else []
         self.finding.match, self.finding.reason = found.match, found.reason
-        self._take_code([*(stage for stage in line if isinstance(stage, (Recurrent, Linear))), *layers(found.nodes)])
+        seen = [stage for stage in line if isinstance(stage, (Recurrent, Linear))]
+        with contextlib.suppress(*ODD):  # of operators out of the ordinary; the search says why it found no chain
+            seen += layers(found.nodes)
+        self._take_code(seen)
         self._take_objects(archive.root)
         self._take_scaling(tensors, {id(stage.root) for stage in line if isinstance(stage, Affine)})
         self._take_states(tensors)
@@ -213,8 +218,12 @@ def compare(finding: Finding, chain: Chain) -> None:
 
 def _columns(tensors: Sequence[Tensor]) -> list[int]:
     """What the number of input columns may be: weights have so many, or so many rows where they lie transposed."""
-    matrices = [tensor for tensor in tensors if tensor.dim() == 2 and tensor.is_floating_point()]
-    return [tensor.size(1) for tensor in matrices] + [tensor.size(0) for tensor in matrices]
+    matrices = [tensor for tensor in tensors if tensor.dim() == 2 and tensor.is_floating_point() and tensor.numel()]
+    found = [tensor.size(1) for tensor in matrices] + [tensor.size(0) for tensor in matrices]
+    for small, large in (sorted(tensor.shape) for tensor in matrices):
+        # A cell's weight of input and state side by side, of all gates together or of one.
+        found += [n for n in (large - small, large - small // 4, small - large // 4) if n > 0]
+    return found
 
 
 def _states(root: Object, tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
@@ -223,7 +232,7 @@ def _states(root: Object, tensors: Sequence[Tensor]) -> list[tuple[int, int, int
     for _, item in _objects(root):
         known = _by_names({name: value for name, value in item.state.items() if isinstance(value, Tensor)})
         found += [state_sizes(stage) for stage in known if isinstance(stage, Recurrent) and stage.weights[1].dim() == 2]
-    shapes = [sorted(tensor.shape) for tensor in tensors if tensor.dim() == 2]
+    shapes = [sorted(tensor.shape) for tensor in tensors if tensor.dim() == 2 and tensor.numel()]
     for small, large in shapes:
         if large in (small, 4 * small):
             found += [(count, small, small) for count in range(1, 1 + min(8, shapes.count([small, large])))]

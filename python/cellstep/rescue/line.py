@@ -141,6 +141,8 @@ def _step(node: Node, first: Node, last: bool) -> tuple[Stage | None, Node]:
         return layer
     if op in _ACTIVATIONS:
         return Activation(op), args[0]
+    if op == "neg":
+        return Affine("mul", torch.tensor(-1.0, dtype=torch.float64)), args[0]
     if op == "batch_norm":
         return _normalisation(node), args[0]
     if op in ("add", "sub", "mul", "div", "rsub"):
