@@ -3,6 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/clamp.h>
+#include <ATen/ops/elu.h>
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/ones_like.h>
@@ -38,6 +39,8 @@ Tensor activate(const Tensor& x, std::int64_t activation) {
         case 5:
             return at::clamp(x + 3, 0, 6) / 6;
         case 6:
+            return at::elu(x);
+        case 7:
             return at::softmax(x, -1);
         default:
             return x;
@@ -57,6 +60,8 @@ Tensor slope(const Tensor& y, std::int64_t activation) {
             return 0.2 * ((y > 0) & (y < 1)).to(y.scalar_type());
         case 5:
             return ((y > 0) & (y < 1)).to(y.scalar_type()) / 6;
+        case 6:
+            return at::where(y > 0, at::ones_like(y), y + 1);
         default:
             return at::ones_like(y);
     }
@@ -147,7 +152,7 @@ LayerTensors lstm_steps_gradients(const LayerTensors& tensors, const LayerOption
 }
 
 Tensor activate_backward(const Tensor& grad, const Tensor& y, std::int64_t activation) {
-    if (activation == 6) return y * (grad - (grad * y).sum(-1, /*keepdim=*/true));
+    if (activation == 7) return y * (grad - (grad * y).sum(-1, /*keepdim=*/true));
     return grad * slope(y, activation);
 }
 

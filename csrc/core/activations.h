@@ -87,6 +87,17 @@ inline Vector<T, Lanes> sigmoid(Vector<T, Lanes> x) {
     return (x < V{} ? e : one) / (one + e);
 }
 
+/// expm1(x) for x up to 0, x above; NaN for NaN.
+template <class T, int Lanes>
+inline Vector<T, Lanes> elu(Vector<T, Lanes> x) {
+    using V = Vector<T, Lanes>;
+    const V saturated = broadcast<V>(T(-44));  // expm1(-44) rounds to -1 in float and in double
+    V negative = x < V{} ? x : V{};
+    negative = negative < saturated ? saturated : negative;
+    const SplitExp<V> split = split_exp<T, Lanes>(negative);
+    return x < V{} ? fma(split.scale, split.expm1, split.scale - broadcast<V>(T(1))) : x;
+}
+
 /// tanh(x) = -t / (2 + t) with t = expm1(-2 |x|), and the sign of x; never past 1 in magnitude; NaN for NaN.
 template <class T, int Lanes>
 inline Vector<T, Lanes> tanh(Vector<T, Lanes> x) {

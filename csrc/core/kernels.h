@@ -55,8 +55,8 @@ struct StepBackward {
 };
 
 /// The numbers are those of deploy files and operators; softmax is for rows of outputs alone.
-enum class Activation : unsigned char { linear, relu, sigmoid, tanh, hard_sigmoid, hardsigmoid, softmax };
-constexpr unsigned activation_count = 7;
+enum class Activation : unsigned char { linear, relu, sigmoid, tanh, hard_sigmoid, hardsigmoid, elu, softmax };
+constexpr unsigned activation_count = 8;
 
 /// What a layer has beyond the plain LSTM; all values of one gate lie together, gates in order i, f, g, o. The formula
 /// is in python/cellstep/formula.py.

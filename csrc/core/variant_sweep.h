@@ -35,6 +35,8 @@ inline Vector<T, Lanes> activated(Activation activation, Vector<T, Lanes> x) {
             return clamp<T, Lanes>(x * broadcast<V>(T(0.2)) + broadcast<V>(T(0.5)), T(0), T(1));
         case Activation::hardsigmoid:
             return clamp<T, Lanes>(x + broadcast<V>(T(3)), T(0), T(6)) / broadcast<V>(T(6));
+        case Activation::elu:
+            return elu<T, Lanes>(x);
         default:
             return x;
     }

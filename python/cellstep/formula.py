@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 #: Activations by name; the place is the code that operators and deploy files use.
-ACTIVATIONS = ["linear", "relu", "sigmoid", "tanh", "hard_sigmoid", "hardsigmoid", "softmax"]
+ACTIVATIONS = ["linear", "relu", "sigmoid", "tanh", "hard_sigmoid", "hardsigmoid", "elu", "softmax"]
 
 #: Of gates, candidate and output in the LSTM as torch has it.
 PLAIN_ACTIVATIONS = (2, 3, 3)
@@ -33,7 +33,9 @@ def activate(x: Tensor, activation: int) -> Tensor:
         return torch.clamp(0.2 * x + 0.5, 0.0, 1.0)
     if activation == 5:  # torch and Keras 3
         return torch.clamp(x + 3.0, 0.0, 6.0) / 6.0
-    if activation == 6:
+    if activation == 6:  # Clevert, Unterthiner and Hochreiter 2016, with alpha = 1
+        return functional.elu(x)
+    if activation == 7:
         return torch.softmax(x, -1)
     return x
 
@@ -157,12 +159,14 @@ def _slope(y: Tensor, activation: int) -> Tensor:
         return 0.2 * ((y > 0) & (y < 1)).to(y.dtype)
     if activation == 5:
         return ((y > 0) & (y < 1)).to(y.dtype) / 6.0
+    if activation == 6:
+        return torch.where(y > 0, torch.ones_like(y), y + 1.0)
     return torch.ones_like(y)
 
 
 def activate_backward(grad: Tensor, y: Tensor, activation: int) -> Tensor:
     """Gradient of :func:`activate` from its value y."""
-    if activation == 6:
+    if activation == 7:
         return y * (grad - (grad * y).sum(-1, keepdim=True))
     return grad * _slope(y, activation)
 

@@ -247,7 +247,7 @@ def gradients_by_formula():
     total = y.square().sum() + c.sum()
     found["c without gradient"] = torch.autograd.grad(total, weight, create_graph=True)
     x = arguments["x"]
-    for activation in range(7):
+    for activation in range(8):
         (first,) = torch.autograd.grad(ops.activate(x, activation).square().sum(), x, create_graph=True)
         found[f"activate {activation}"] = [first, *torch.autograd.grad(first.square().sum(), x)]
     return found
@@ -332,7 +332,7 @@ def check_numerically(ops):
             torch.autograd.gradcheck(call, inputs)
             torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
     torch.autograd.gradgradcheck(ops.dense, [x, torch.ones(3, 2, dtype=x.dtype, requires_grad=True), inputs[5][:3]])
-    for activation in range(7):
+    for activation in range(8):
         torch.autograd.gradcheck(ops.activate, [x, activation])
         torch.autograd.gradgradcheck(ops.activate, [x, activation])
     for name, changed in options.items():

@@ -37,6 +37,7 @@ IN_NODES = {
     "hardsigmoid": {"gate_activation": "hardsigmoid", "output_activation": "relu", "bidirectional": True},
     "relu": {"activation": "relu"},
     "linear": {"activation": "linear"},
+    "elu": {"activation": "elu", "gate_activation": "hard_sigmoid", "bidirectional": True},
     "swapped": {"gate_activation": "tanh", "activation": "hard_sigmoid", "output_activation": "hardsigmoid"},
     "learned start": {"learn_initial_state": True, "bidirectional": True},
     "training only": {"dropout": 0.5, "recurrent_dropout": 0.5, "weight_drop": 0.5},
@@ -213,7 +214,9 @@ def test_whole_chain_of_different_sizes(path, answers, inputs):
     assert_same(chain, path, lengths="lengths" in inputs, reset="reset" in inputs)
 
 
-@pytest.mark.parametrize("activation", ["linear", "relu", "sigmoid", "tanh", "softmax", "hard_sigmoid", "hardsigmoid"])
+@pytest.mark.parametrize(
+    "activation", ["linear", "relu", "sigmoid", "tanh", "softmax", "hard_sigmoid", "hardsigmoid", "elu"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_activations_of_dense_layers(path, activation, dtype):
     chain = Chain(Dense(3, 4, activation), LSTM(4, 5), Dense(5, 3, activation), answers="every").to(dtype)
@@ -235,7 +238,7 @@ def test_float64_is_all_scan(path, name, inputs):
     assert load_onnx(path).initial(1)[0].dtype == np.float64
 
 
-_ACTIVATIONS = st.sampled_from(["linear", "relu", "sigmoid", "tanh", "hard_sigmoid", "hardsigmoid"])
+_ACTIVATIONS = st.sampled_from(["linear", "relu", "sigmoid", "tanh", "hard_sigmoid", "hardsigmoid", "elu"])
 
 
 @st.composite

@@ -258,6 +258,16 @@ def test_activations_are_accurate_and_bounded(kind):
         assert ((c.double() - truth).abs() <= 2.5 * ulp + 1.7e-38).all()
 
 
+def test_elu_is_accurate_and_bounded():
+    x = torch.cat([torch.linspace(-100, 100, 200001), torch.logspace(-30, 2, 20001), -torch.logspace(-30, 2, 20001)])
+    y = torch.ops.cellstep.activate(x, 6)
+    truth = torch.nn.functional.elu(x.double())
+    assert y.min() >= -1
+    ulp = torch.exp2(torch.floor(torch.log2(truth.abs())) - 23)
+    assert ((y.double() - truth).abs() <= 2.5 * ulp).all()
+    assert torch.ops.cellstep.activate(torch.tensor([float("nan")]), 6).isnan().all()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="nm reads ELF here")
 def test_libraries_hold_no_unstable_symbol():
     def undefined(path):

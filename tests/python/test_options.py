@@ -15,7 +15,7 @@ from cellstep.nn import LSTM, Chain, Dense, reset_state, truncated_bptt
 SIZES = 4, 6
 # float64 leaves rounding of 1e-16 a step; a few hundred sums bring it to some 1e-14, layer normalisation to 1e-13.
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
-ACTIVATIONS = ["sigmoid", "tanh", "relu", "linear", "hard_sigmoid", "hardsigmoid"]
+ACTIVATIONS = ["sigmoid", "tanh", "relu", "linear", "hard_sigmoid", "hardsigmoid", "elu"]
 VARIANTS = {
     "plain": {},
     "peephole": {"peephole": True},
@@ -91,6 +91,7 @@ NUMPY_ACTIVATIONS = {
     "tanh": np.tanh,
     "relu": lambda x: np.maximum(x, 0),
     "linear": lambda x: x,
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
     "hard_sigmoid": lambda x: np.clip(0.2 * x + 0.5, 0, 1),
     "hardsigmoid": lambda x: np.clip((x + 3) / 6, 0, 1),
 }

@@ -33,7 +33,7 @@ OPTIONS = {
     "zoneout": {"zoneout": (0.1, 0.2)},
     "cell_clip": {"cell_clip": 0.1},
     "residual": {"num_layers": 3, "residual": True},
-    "hard_sigmoid, relu": {"gate_activation": "hard_sigmoid", "activation": "relu"},
+    "hard_sigmoid, relu, elu": {"gate_activation": "hard_sigmoid", "activation": "relu", "output_activation": "elu"},
     "learn_initial_state": {"learn_initial_state": True},
     "recurrent_dropout": {"recurrent_dropout": 0.3},
     "weight_drop": {"weight_drop": 0.3},

@@ -18,7 +18,7 @@ from cellstep.convert.parts import dense, filled, single_layer
 from cellstep.nn import LSTM, Chain, Dense, Scale, Skip, Unscale
 
 _Source = str | os.PathLike[str] | Mapping[str, Any]
-_ACTIVATIONS = ("tanh", "relu", "sigmoid", "softmax")
+_ACTIVATIONS = ("tanh", "relu", "sigmoid", "elu", "softmax")
 
 
 def from_rtneural(source: _Source, *, dense_activations: Sequence[str] | None = None) -> Chain:

@@ -235,7 +235,10 @@ def _activations(attributes: dict[str, Any], sides: int) -> dict[str, Any]:
     for kind in kinds:
         lowered = kind.lower()
         alpha, beta = (
-            (next(values, default) for values, default in zip(slopes, _SLOPES[lowered], strict=True))
+            (
+                0.0 if default is None else next(values, default)
+                for values, default in zip(slopes, _SLOPES[lowered], strict=True)
+            )
             if lowered in _SLOPES
             else (0.0, 0.0)
         )
@@ -264,9 +267,14 @@ _ACTIVATIONS: list[tuple[Any, ...]] = [
     ("linear", "affine", (1.0, 0.0)),
     ("hard_sigmoid", "hardsigmoid", (0.2, 0.5)),
     ("hardsigmoid", "hardsigmoid", (1 / 6, 0.5)),
+    ("elu", "elu", (1.0, 0.0)),
 ]
-#: Alpha and beta by default.
-_SLOPES = {"affine": (1.0, 0.0), "hardsigmoid": (0.2, 0.5)}
+#: Alpha and beta by default; None where a function takes none.
+_SLOPES: dict[str, tuple[float, float | None]] = {
+    "affine": (1.0, 0.0),
+    "hardsigmoid": (0.2, 0.5),
+    "elu": (1.0, None),
+}
 
 
 def _refuse_clip(clip: float, options: dict[str, Any]) -> None:

@@ -30,11 +30,12 @@ _KEY = "cellstep"
 _OPSET = 17
 _IR_VERSION = 8  # the one of the release that brought opset 17
 #: Names in ONNX's LSTM with alpha and beta, where one takes them.
-_ACTIVATIONS: dict[str, tuple[str, tuple[float, float] | None]] = {
+_ACTIVATIONS: dict[str, tuple[str, tuple[float | None, float | None]]] = {
     "linear": ("Affine", (1.0, 0.0)),
-    "relu": ("Relu", None),
-    "sigmoid": ("Sigmoid", None),
-    "tanh": ("Tanh", None),
+    "relu": ("Relu", (None, None)),
+    "elu": ("Elu", (1.0, None)),
+    "sigmoid": ("Sigmoid", (None, None)),
+    "tanh": ("Tanh", (None, None)),
     "hard_sigmoid": ("HardSigmoid", (0.2, 0.5)),
     "hardsigmoid": ("HardSigmoid", (1 / 6, 0.5)),
 }
@@ -349,12 +350,15 @@ def _activated(graph: _Graph, x: str, activation: str) -> str:
         return x
     if activation == "softmax":
         return graph("Softmax", x, axis=-1)
-    kind, slope = _ACTIVATIONS[activation]
-    if slope is None:
+    if activation == "elu":  # written out, for onnxruntime has the operator in float32 alone
+        below = graph("Sub", graph("Exp", graph("Min", x, graph.number(0))), graph.number(1))
+        return graph("Where", graph("Less", x, graph.number(0)), below, x)
+    kind, (alpha, beta) = _ACTIVATIONS[activation]
+    if alpha is None or beta is None:
         return graph(kind, x)
     # Not the operator HardSigmoid: onnxruntime lacks it in float64, and its slope is an attribute in float32.
-    alpha, beta, low, high = (graph.number(value) for value in (*slope, 0, 1))
-    return graph("Clip", graph("Add", graph("Mul", x, alpha), beta), low, high)
+    slanted = graph("Add", graph("Mul", x, graph.number(alpha)), graph.number(beta))
+    return graph("Clip", slanted, graph.number(0), graph.number(1))
 
 
 def _needs_scan(lstm: LSTM) -> bool:
@@ -386,13 +390,14 @@ def _lstm_node(
 
     activations = [_ACTIVATIONS[name] for name in (lstm.gate_activation, lstm.activation, lstm.output_activation)]
     kinds = [kind for kind, _ in activations]
-    slopes = [slope for _, slope in activations if slope is not None] * len(sides)
+    alphas, betas = ([slope[k] for _, slope in activations if slope[k] is not None] * len(sides) for k in range(2))
     attributes: dict[str, Any] = {"hidden_size": hidden, "direction": "bidirectional" if len(sides) == 2 else "forward"}
     if kinds != ["Sigmoid", "Tanh", "Tanh"]:
         attributes["activations"] = kinds * len(sides)
-    if slopes:
-        attributes["activation_alpha"] = [alpha for alpha, _ in slopes]
-        attributes["activation_beta"] = [beta for _, beta in slopes]
+    if alphas:
+        attributes["activation_alpha"] = alphas
+    if betas:
+        attributes["activation_beta"] = betas
     if lstm.coupled:
         attributes["input_forget"] = 1
     h_0, c_0 = graph.joined(h, 0), graph.joined(c, 0)

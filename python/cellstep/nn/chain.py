@@ -20,7 +20,8 @@ class Dense(nn.Linear):
     """A linear layer and an activation: (..., in_features) -> (..., out_features).
 
     Args:
-        activation: "linear", "relu", "sigmoid", "tanh", "softmax" (over the outputs), "hard_sigmoid", "hardsigmoid".
+        activation: "linear", "relu", "sigmoid", "tanh", "elu", "softmax" (over the outputs), "hard_sigmoid",
+            "hardsigmoid".
     """
 
     use_ops: Final[bool]

@@ -43,7 +43,7 @@ class LSTM(nn.Module):
         coupled: f = 1 - i; parameters have rows i, g, o alone.
         residual: every layer after the first adds its input to its output.
         gate_activation, activation, output_activation: of i, f, o; of g; of c on its way to h, by default as of g.
-            "sigmoid", "tanh", "relu", "linear", "hard_sigmoid" (0.2 x + 0.5 cut to 0..1: Keras 2, ONNX) or
+            "sigmoid", "tanh", "relu", "elu", "linear", "hard_sigmoid" (0.2 x + 0.5 cut to 0..1: Keras 2, ONNX) or
             "hardsigmoid" (relu6(x + 3) / 6: torch, Keras 3).
         cell_clip: c is cut to ±cell_clip in every step.
         zoneout: share of units that keep their old value in a step, or a pair (of h, of c); its expectation in eval.

@@ -1,7 +1,7 @@
 """The body of ``cellstep import``: an old TorchScript file in, artifacts of the same model out."""
 
+import copy
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,13 +128,14 @@ def _write(
     sample: tuple[Tensor, Tensor] | None,
     onnx_names: dict[str, list[str]],
 ) -> str:
+    rounded = output.suffix == ".cellstep" and model.dtype != torch.float32
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch's compiler to its own authors
-            cellstep.export(model, output, **(onnx_names if output.suffix == ".onnx" else {}))
+        # The deploy file is float32 alone.
+        chosen = copy.deepcopy(model).float() if rounded else model
+        cellstep.export(chosen, output, **(onnx_names if output.suffix == ".onnx" else {}))
     except (ImportError, NotImplementedError, ValueError) as error:
         return f"{output}: not written: {' '.join(str(error).split())}"
-    line = f"{output}: {output.stat().st_size:,} bytes"
+    line = f"{output}: {output.stat().st_size:,} bytes{', rounded to float32' if rounded else ''}"
     if match is None or sample is None:
         return line
     artifact = cellstep.load(output)

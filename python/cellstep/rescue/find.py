@@ -65,14 +65,14 @@ def read(path: str | os.PathLike[str]) -> Finding:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no TorchScript archive, is damaged, or holds what such a file has no reason to hold; or it is
-            one that cellstep exported, which is better made from its ``.safetensors``.
+        ValueError: it is no TorchScript archive, is damaged, or holds what such a file has no reason to hold; or it
+            runs on cellstep's operators, and is better made anew from its ``.safetensors``.
     """
     archive = read_archive(path)
     if any("ops.cellstep." in text for text in archive.sources.values()):
         raise ValueError(
-            f"expected a TorchScript file of another program; got one that cellstep exported ('{path}'), whose weights "
-            "are packed; export the .safetensors file that it was made from"
+            f"expected a TorchScript file on torch's own operators; got one on cellstep's ('{path}'); "
+            "export the .safetensors file or the module that it was made from"
         )
     return _Search(archive).finding
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cellstep.rescue.code import MOVES, Node, Unreadable
 
-_ACTIVATIONS = ("relu", "tanh", "sigmoid", "hardsigmoid", "softmax")
+_ACTIVATIONS = ("relu", "tanh", "sigmoid", "hardsigmoid", "elu", "softmax")
 _SUMS = {"add", "addmm", "linear", "matmul", "mm"}
 _NODE_LIMIT = 5000  # values among which layers are looked for
 _WAY_LIMIT = 1000  # values from the answer back to the input
