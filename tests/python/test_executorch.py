@@ -49,6 +49,15 @@ def test_a_stream_carries_its_state(model, path):
     assert np.abs(state[0] - h.numpy()).max() < 2e-6 and np.abs(state[1] - c.numpy()).max() < 2e-6
 
 
+def test_rows_are_reset_by_a_method_of_its_own(path, model):
+    program = cellstep.load(path).program
+    h, c = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    mask = torch.tensor([True, False, True])
+    h_n, c_n = program.reset((h, c), mask)
+    expected = model.reset((h, c), mask)
+    assert torch.equal(h_n, expected[0]) and torch.equal(c_n, expected[1])
+
+
 def test_what_one_static_size_cannot_do_is_named(tmp_path):
     both = Chain(LSTM(3, 4, bidirectional=True), Dense(8, 1), answers="hidden").eval()
     cellstep.export(both, tmp_path / "both.pte", steps=6)

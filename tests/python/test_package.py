@@ -121,12 +121,27 @@ def test_a_module_of_ones_own_exported_from_2_to_10_000_steps(tmp_path):
             torch.testing.assert_close(y.double(), reference(x.double())[0], rtol=0, atol=2e-6)
 
 
+def test_rows_are_reset_by_a_program_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    model = Chain(LSTM(2, 3, learn_initial_state=True), LSTM(3, 4), answers="every").eval()
+    with torch.no_grad():
+        model.lstms[0].initial_h.normal_()
+    cellstep.export(model, tmp_path / "m.pt2")
+    reset = torch._inductor.package.load_package(str(tmp_path / "m.pt2"), "reset")
+    for rows in (1, 5):
+        state, mask = (torch.randn(1, rows, 7), torch.randn(1, rows, 7)), torch.arange(rows) % 2 == 0
+        with torch.no_grad():
+            expected = model.reset(state, mask)
+        for one, other in zip(reset(*state, mask), expected, strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")
 def test_the_compiled_code_is_for_any_cpu_of_the_kind(package, tmp_path):
     with zipfile.ZipFile(package) as archive:
         archive.extractall(tmp_path)
     libraries = list(tmp_path.rglob("*.so"))
-    assert len(libraries) == 3
+    assert len(libraries) == 4
     for library in libraries:
         code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
         assert "ret" in code and not re.search(r"%[yz]mm", code)

@@ -1,8 +1,9 @@
 """The ``.pte`` program of ExecuTorch: its own portable operators, no library of ours, one static size.
 
-A program holds two methods. ``forward``: x (N, T, input_size) -> y, from the initial state. ``step``: x (N,
-input_size), h, c -> y (N, output_size), h, c. N and T are fixed when the program is made: ExecuTorch plans all memory
-ahead, and the steps of ``forward`` lie in it one after another.
+A program holds three methods. ``forward``: x (N, T, input_size) -> y, from the initial state. ``step``: x (N,
+input_size), h, c -> y (N, output_size), h, c. ``reset``: h, c, mask (N) bool -> h, c with the rows of the mask put to
+the initial state. N and T are fixed when the program is made: ExecuTorch plans all memory ahead, and the steps of
+``forward`` lie in it one after another.
 """
 
 import os
@@ -15,28 +16,13 @@ from torch import Tensor, nn
 
 import cellstep
 from cellstep.exporters.files import quiet, replacing
+from cellstep.exporters.programs import Forward, Reset, Step
 from cellstep.nn import Chain
 
 _VERSION = "cellstep_version"
 _NUMBERS = ["input_size", "output_size", "state_layers", "h_size", "c_size", "window", "horizon"]
 _NAMES = ["feature_names", "output_names"]
 _MISSING = "expected the package executorch; it is not installed; run: pip install cellstep[executorch]"
-
-
-class _Forward(nn.Module):
-    def __init__(self, chain: Chain) -> None:
-        super().__init__()
-        self.chain = chain
-
-    def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.chain(x)
-        return answer
-
-
-class _Step(_Forward):
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        y, state = self.chain.step(x, (h, c))
-        return y, *state
 
 
 def export_executorch(
@@ -77,9 +63,10 @@ def export_executorch(
     initial = twin.initial_state(1)
     h, c = (part.repeat(1, batch_size, 1) for part in initial)
     windows = h.new_zeros(batch_size, steps, model.input_size)
-    methods = {
-        "forward": (_Forward(twin), (windows,)),
-        "step": (_Step(twin), (windows[:, 0], h, c)),
+    methods: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
+        "forward": (Forward(twin), (windows,)),
+        "step": (Step(twin), (windows[:, 0], h, c)),
+        "reset": (Reset(twin), (h, c, torch.ones(batch_size, dtype=torch.bool))),
     }
     constants: dict[str, Any] = {
         **{name: getattr(model, name) for name in (*_NUMBERS, *_NAMES, "answers")},
@@ -134,6 +121,11 @@ class ExecutorchProgram:
         """The method ``step``: x (batch_size, input_size) and the state."""
         y, h, c = self._call("step", x, *state)
         return y, (h, c)
+
+    def reset(self, state: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The method ``reset``: the state and a mask (batch_size)."""
+        h, c = self._call("reset", *state, mask)
+        return h, c
 
     def _constant(self, name: str) -> Any:
         return self._call(name)[0]

@@ -1,8 +1,9 @@
 """The ``.pt2`` package: ``torch.export`` and AOTInductor, for a torch without TorchScript; batch and time are dynamic.
 
-A package holds three programs. ``forward``: x (N, T, input_size) -> y, from the initial state. ``run``: x, h, c -> y
-(N, T, output_size), h, c. ``step``: x (N, input_size), h, c -> y (N, output_size), h, c. Each is one call of one
-operator on the packed weights, so that the numbers are those of every other artifact.
+A package holds four programs. ``forward``: x (N, T, input_size) -> y, from the initial state. ``run``: x, h, c -> y
+(N, T, output_size), h, c. ``step``: x (N, input_size), h, c -> y (N, output_size), h, c. Each of these is one call of
+one operator on the packed weights, so that the numbers are those of every other artifact. ``reset``: h, c, mask (N)
+bool -> h, c with the rows of the mask put to the initial state.
 """
 
 import json
@@ -15,37 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import cellstep
 from cellstep.exporters.files import quiet, replacing
+from cellstep.exporters.programs import Forward, Reset, Run, Step
 from cellstep.exporters.torchscript import PackedChain, packed
 from cellstep.nn import Chain
 
 _KEY = "cellstep"
 _NUMBERS = ["input_size", "output_size", "state_layers", "h_size", "c_size", "window", "horizon"]
-
-
-class _Forward(nn.Module):
-    def __init__(self, chain: PackedChain) -> None:
-        super().__init__()
-        self.chain = chain
-
-    def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.chain(x)
-        return answer
-
-
-class _Run(_Forward):
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        y, state = self.chain.run(x, (h, c))
-        return y, *state
-
-
-class _Step(_Forward):
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        y, state = self.chain.step(x, (h, c))
-        return y, *state
 
 
 def export_package(model: Chain, path: Path) -> None:
@@ -67,9 +47,10 @@ def export_package(model: Chain, path: Path) -> None:
     windows = h.new_zeros(2, 3, model.input_size)
     rows = {1: batch}
     programs = {
-        "forward": (_Forward(chain), (windows,), ({0: batch, 1: time},)),
-        "run": (_Run(chain), (windows, h, c), ({0: batch, 1: time}, rows, rows)),
-        "step": (_Step(chain), (windows[:, 0], h, c), ({0: batch}, rows, rows)),
+        "forward": (Forward(chain), (windows,), ({0: batch, 1: time},)),
+        "run": (Run(chain), (windows, h, c), ({0: batch, 1: time}, rows, rows)),
+        "step": (Step(chain), (windows[:, 0], h, c), ({0: batch}, rows, rows)),
+        "reset": (Reset(chain), (h, c, torch.tensor([True, False])), (rows, rows, {0: batch})),
     }
     wanted = {
         "aot_inductor.package": True,
