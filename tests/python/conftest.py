@@ -57,6 +57,13 @@ def read_csv(text):
     return lines[0], values[:, 0].astype(int), values[:, 1:].astype(np.float32)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """PyTorch's own tests are counted as it counts them as well."""
+    suite = sys.modules.get("test_torch_suite")
+    if suite is not None and suite.passed:
+        terminalreporter.write_line(suite.closing_lines())
+
+
 @pytest.fixture(scope="session")
 def model():
     return make_forecaster()

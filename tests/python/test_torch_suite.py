@@ -337,12 +337,6 @@ def closing_lines():
     return "\n".join(lines)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def print_counts():
-    yield
-    print("\n" + closing_lines())
-
-
 def run(case):
     check, *rest = case
     CHECKS[check](Case(*rest))
