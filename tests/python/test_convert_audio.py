@@ -272,7 +272,7 @@ def changed(document, path, value):
     [
         (["layers", 1, "type"], "gru", "expected layers lstm, dense, .*; got 'gru' in layers\\[1\\]"),
         (["layers", 1, "activation"], "relu", "expected activation tanh in layers\\[1\\]; got 'relu'"),
-        (["layers", 3, "activation"], "elu", "expected an activation of .*; got 'elu'"),
+        (["layers", 3, "activation"], "prelu", "expected an activation of .*; got 'prelu'"),
         (["layers", 1, "shape", 2], 9, "expected kernel of layers\\[1\\] to be numbers of shape \\(6, 36\\)"),
         (["layers", 1, "shape"], None, "expected shape of layers\\[1\\] to be a positive number; got None"),
         (["layers", 1, "weights"], lambda w: w[:2], "expected 3 arrays of weights in layers\\[1\\]"),

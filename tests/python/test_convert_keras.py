@@ -46,6 +46,7 @@ def built(layer, x):
         {},
         {"use_bias": False},
         {"recurrent_activation": "hard_sigmoid", "activation": "relu"},
+        {"recurrent_activation": "sigmoid", "activation": "elu"},
         {"activation": "linear", "recurrent_activation": "tanh"},
         {"unroll": True},
     ],

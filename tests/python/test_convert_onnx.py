@@ -114,6 +114,7 @@ def compare(model, layer, **feeds):
         (["W", "R", "B"], {"direction": "bidirectional"}),
         (["W", "R", "B", "", "", "", "P"], {"direction": "bidirectional"}),
         (["W", "R", "B"], {"activations": ["HardSigmoid", "Relu", "Tanh"]}),
+        (["W", "R", "B"], {"activations": ["HardSigmoid", "Elu", "Tanh"], "activation_alpha": [0.2, 1.0]}),
         (
             ["W", "R", "B"],
             {
