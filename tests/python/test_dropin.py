@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from cellstep.nn import LSTM, LSTMCell
+from cellstep.nn import LSTM, Chain, Dense, LSTMCell, Scale, Skip
 
 # float64 leaves rounding of 1e-16 a step; a few hundred sums bring it to some 1e-14.
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
@@ -910,3 +910,33 @@ def test_a_stream_cut_anywhere_gives_the_same_bits(data):
             part, state = lstm(piece, state)
             parts.append(part)
     assert_bits((torch.cat(parts), state), (whole, last))
+
+
+@pytest.mark.parametrize("answers", ["every", "last", "hidden"])
+def test_a_chain_reads_nothing_past_the_end_of_a_row(answers):
+    torch.manual_seed(0)
+    stages = (
+        Scale([1.0, 2.0], [0.5, 2.0]),
+        Dense(2, 3, "tanh"),
+        LSTM(3, 4, bidirectional=True),
+        Dense(8, 2),
+        Skip([1, 0]),
+    )
+    chain = Chain(*stages, answers=answers)
+    x = torch.randn(4, 6, 2)
+    lengths = [6, 0, 1, 4]
+    wild = x.clone()
+    for row, length in enumerate(lengths):
+        wild[row, length:] = float("nan")
+    found = []
+    for windows, kind in ((x, torch.int64), (wild, torch.uint8), (wild, torch.int32)):
+        chain.zero_grad()
+        y = chain(windows, torch.tensor(lengths, dtype=kind))
+        y.square().sum().backward()
+        assert y.isfinite().all() and not y[1].any()
+        found.append([y.detach(), *(parameter.grad.clone() for parameter in chain.parameters())])
+    for one, *others in zip(*found, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+    assert torch.equal(chain(wild, lengths), found[0][0])
+    with pytest.raises(ValueError, match="lengths of shape"):
+        chain(x, torch.tensor([1, 2]))

@@ -306,6 +306,16 @@ class Chain(nn.Module):
         reset: Optional[Tensor],
         answers: str,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if not torch.jit.is_scripting():
+            if lengths is not None and not isinstance(lengths, Tensor):
+                lengths = torch.as_tensor(lengths)
+        past: Optional[Tensor] = None
+        if lengths is not None:
+            if lengths.dim() != 1 or lengths.size(0) != x.size(0):
+                raise ValueError(f"Chain: Expected lengths of shape ({x.size(0)},), got {lengths.shape}")
+            # What lies past the end of a row may be anything. A NaN there would meet the gradient, zero or not.
+            past = torch.arange(x.size(1), device=x.device).unsqueeze(0) >= lengths.to(x.device).unsqueeze(1)
+            x = x.masked_fill(past.unsqueeze(2), 0.0)
         y = (x - self.input_offset) * self.input_scale
         for dense in self.encoder:
             y = dense(y)
@@ -343,34 +353,25 @@ class Chain(nn.Module):
             all_c.append(state[1])
 
         skipped = x
-        if answers == "last":
-            if lengths is None:
-                y = y.select(1, y.size(1) - 1)
-                skipped = x.select(1, x.size(1) - 1)
-            else:
-                last = (lengths.to(x.device) - 1).clamp(min=0).unsqueeze(1).unsqueeze(2)
-                y = y.gather(1, last.expand(-1, -1, y.size(2))).squeeze(1)
-                skipped = x.gather(1, last.expand(-1, -1, x.size(2))).squeeze(1)
-        elif answers == "hidden":
-            y = final
-            if lengths is None:
-                skipped = x.select(1, x.size(1) - 1)
-            else:
-                last = (lengths.to(x.device) - 1).clamp(min=0).unsqueeze(1).unsqueeze(2)
-                skipped = x.gather(1, last.expand(-1, -1, x.size(2))).squeeze(1)
+        if answers != "every":
+            skipped = _last_step(x, lengths)
+            y = final if answers == "hidden" else _last_step(y, lengths)
         for dense in self.heads:
             y = dense(y)
         y = y * self.output_scale + self.output_offset
         if len(self.skip_columns) > 0:
             y = y + torch.stack([skipped.select(-1, column) for column in self.skip_columns], -1)
-        if lengths is not None:
-            ends = lengths.to(x.device).unsqueeze(1)
-            if answers == "every":
-                steps = torch.arange(x.size(1), device=x.device).unsqueeze(0)
-                y = y.masked_fill((steps >= ends).unsqueeze(2), 0.0)
-            else:
-                y = y.masked_fill(ends == 0, 0.0)
+        if past is not None:
+            y = y.masked_fill(past.unsqueeze(2) if answers == "every" else past[:, :1], 0.0)
         return y, (self._join(all_h), self._join(all_c))
+
+
+def _last_step(x: Tensor, lengths: Optional[Tensor]) -> Tensor:
+    """The last step of each row: (N, T, size) -> (N, size); of a row without steps the first one."""
+    if lengths is None:
+        return x.select(1, x.size(1) - 1)
+    last = (lengths.to(x.device, torch.int64) - 1).clamp(min=0).unsqueeze(1).unsqueeze(2)
+    return x.gather(1, last.expand(-1, -1, x.size(2))).squeeze(1)
 
 
 def _last_layer(state: Tensor, bidirectional: bool) -> Tensor:
