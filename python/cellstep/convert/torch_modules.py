@@ -42,8 +42,7 @@ def to_torch(module: LSTM | LSTMCell) -> nn.LSTM | nn.LSTMCell:
         ValueError: it has an option that torch lacks.
     """
     if isinstance(module, LSTMCell):
-        cell = nn.LSTMCell(module.input_size, module.hidden_size, module.bias, device="meta")
-        return _copied(cell, module)
+        return _copied(_alike(module, nn.LSTMCell), module)
     if not isinstance(module, LSTM):
         raise TypeError(
             f"expected cellstep.nn.LSTM or LSTMCell; got {type(module).__name__}; pass the layers of a model one by one"
@@ -54,17 +53,7 @@ def to_torch(module: LSTM | LSTMCell) -> nn.LSTM | nn.LSTMCell:
             f"expected options that torch.nn.LSTM has; got {', '.join(lacking)}; "
             "keep cellstep's layer: it exports to every target"
         )
-    lstm = nn.LSTM(
-        module.input_size,
-        module.hidden_size,
-        module.num_layers,
-        module.bias,
-        module.batch_first,
-        bidirectional=module.bidirectional,
-        proj_size=module.proj_size,
-        device="meta",
-    )
-    lstm.dropout = module.dropout  # set here, for the constructor warns of dropout on one layer
+    lstm = _alike(module, nn.LSTM)
     _copied(lstm, module).flatten_parameters()
     return lstm
 
@@ -145,9 +134,14 @@ def _not_torchs(module: nn.Module) -> str:
 
 def _likeness(module: nn.LSTM | nn.LSTMCell) -> LSTM | LSTMCell:
     """Cellstep's module with the options of torch's; its parameters are on the meta device."""
-    if isinstance(module, nn.LSTMCell):
-        return LSTMCell(module.input_size, module.hidden_size, module.bias, device="meta")
-    lstm = LSTM(
+    return _alike(module, LSTMCell) if isinstance(module, nn.LSTMCell) else _alike(module, LSTM)
+
+
+def _alike(module: Any, kind: type[_M]) -> _M:
+    """A module of this kind with the options that torch and cellstep share; its parameters are on the meta device."""
+    if kind in (LSTMCell, nn.LSTMCell):
+        return kind(module.input_size, module.hidden_size, module.bias, device="meta")
+    lstm = kind(
         module.input_size,
         module.hidden_size,
         module.num_layers,
@@ -157,7 +151,8 @@ def _likeness(module: nn.LSTM | nn.LSTMCell) -> LSTM | LSTMCell:
         proj_size=module.proj_size,
         device="meta",
     )
-    lstm.dropout = float(module.dropout)  # type: ignore[misc]  # the constructor warns of dropout on one layer
+    # Set here, for the constructor warns of dropout on one layer.
+    lstm.dropout = float(module.dropout)  # type: ignore[assignment]
     return lstm
 
 

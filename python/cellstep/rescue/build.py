@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cellstep.convert import parts
+from cellstep.convert.parts import Module, filled
 from cellstep.nn import LSTM, Chain, Dense, LSTMCell, Scale, Skip, Unscale
 from cellstep.rescue.line import Activation, Affine, Linear, Recurrent, Skipped, Stage
 
@@ -20,42 +22,34 @@ def module(stage: Recurrent) -> LSTM | LSTMCell:
     hidden, recurrent = w_ih.size(0) // 4, w_hh.size(1)
     if w_ih.size(0) != 4 * hidden or w_hh.size(0) != 4 * hidden or recurrent > hidden:
         raise ValueError(f"weights of shapes {tuple(w_ih.shape)} and {tuple(w_hh.shape)} are not those of an LSTM")
-    module: LSTM | LSTMCell
     if stage.is_cell:
-        module = LSTMCell(w_ih.size(1), hidden, stage.bias, dtype=w_ih.dtype)
-    else:
-        each = 2 + 2 * stage.bias + (recurrent < hidden)
-        if len(stage.weights) != each * stage.num_layers * (1 + stage.bidirectional):
-            raise ValueError(f"{len(stage.weights)} weights are not those of an LSTM of {stage.num_layers} layers")
-        module = LSTM(
-            w_ih.size(1),
-            hidden,
-            stage.num_layers,
-            stage.bias,
-            stage.batch_first,
-            stage.dropout if stage.num_layers > 1 else 0.0,
-            stage.bidirectional,
-            recurrent if recurrent < hidden else 0,
-            dtype=w_ih.dtype,
-        )
-    _fill(module, stage.weights)
-    return module.eval()
+        return _fill(LSTMCell(w_ih.size(1), hidden, stage.bias, device="meta"), stage.weights)
+    each = 2 + 2 * stage.bias + (recurrent < hidden)
+    if len(stage.weights) != each * stage.num_layers * (1 + stage.bidirectional):
+        raise ValueError(f"{len(stage.weights)} weights are not those of an LSTM of {stage.num_layers} layers")
+    lstm = LSTM(
+        w_ih.size(1),
+        hidden,
+        stage.num_layers,
+        stage.bias,
+        stage.batch_first,
+        stage.dropout if stage.num_layers > 1 else 0.0,
+        stage.bidirectional,
+        recurrent if recurrent < hidden else 0,
+        device="meta",
+    )
+    return _fill(lstm, stage.weights)
 
 
-def _fill(module: torch.nn.Module, weights: Sequence[Tensor]) -> None:
-    parameters = list(module.named_parameters())
-    for (name, parameter), weight in zip(parameters, weights, strict=True):
-        if parameter.shape != weight.shape:
-            raise ValueError(f"{name} has shape {tuple(weight.shape)} where {tuple(parameter.shape)} fits the others")
-        with torch.no_grad():
-            parameter.copy_(weight)
+def _fill(module: Module, weights: Sequence[Tensor]) -> Module:
+    """:func:`filled`, from weights in the order of the parameters, in the dtype of the first."""
+    names = [name for name, _ in module.named_parameters()]
+    return filled(module, {n: weight.to(weights[0].dtype) for n, weight in zip(names, weights, strict=True)}).eval()
 
 
-def dense(stage: Linear, activation: str = "linear") -> Dense:
-    outputs, inputs = stage.weight.shape
-    made = Dense(inputs, outputs, activation, stage.bias is not None, dtype=stage.weight.dtype)
-    _fill(made, [stage.weight] if stage.bias is None else [stage.weight, stage.bias])
-    return made.eval()
+def dense(stage: Linear) -> Dense:
+    bias = None if stage.bias is None else stage.bias.to(stage.weight.dtype)
+    return parts.dense(stage.weight, bias, "linear").eval()
 
 
 def chain(stages: Sequence[Stage], initial: Sequence[tuple[Tensor, Tensor] | None]) -> Chain:
@@ -112,10 +106,7 @@ class _Links:
         if not isinstance(before, Dense) or before.activation != "linear":
             before = dense(Linear(self._diagonal(torch.ones(self._width, dtype=torch.float64)), None, []))
             self._stages.append(before)
-        shape = (before.in_features, before.out_features)
-        made = Dense(*shape, stage.name, before.bias is not None, dtype=torch.float64)
-        _fill(made, list(before.parameters()))
-        self._stages[-1] = made
+        self._stages[-1] = parts.dense(before.weight, before.bias, stage.name)
 
     def _settle(self) -> None:
         """Place the scaling so far: first of all as Scale, later as a dense layer with a diagonal weight."""
@@ -191,10 +182,7 @@ def assemble(modules: Mapping[str, LSTM | LSTMCell], denses: Mapping[str, Dense]
         name, _, activation = entry.partition(":")
         if name in denses:
             found = denses[name]
-            made = Dense(found.in_features, found.out_features, activation or "linear", found.bias is not None,
-                          dtype=found.weight.dtype)  # fmt: skip
-            _fill(made, list(found.parameters()))
-            stages.append(made)
+            stages.append(parts.dense(found.weight, found.bias, activation or "linear"))
         elif name in modules and not activation:
             stages.append(_as_lstm(modules[name]))
         else:
@@ -211,6 +199,5 @@ def _as_lstm(module: LSTM | LSTMCell, initial: tuple[Tensor, Tensor] | None = No
         options |= {"num_layers": module.num_layers, "bidirectional": module.bidirectional}
         options |= {"proj_size": module.proj_size, "dropout": module.dropout}
     weights = list(module.parameters())
-    lstm = LSTM(module.input_size, module.hidden_size, bias=module.bias, dtype=weights[0].dtype, **options)
-    _fill(lstm, [*weights, *(initial or ())])
-    return lstm.eval()
+    lstm = LSTM(module.input_size, module.hidden_size, bias=module.bias, device="meta", **options)
+    return _fill(lstm, [*weights, *(initial or ())])
