@@ -95,14 +95,16 @@ class Artifact(ABC):
         """
         steps = self._checked(x, 3)
         carried = self._checked_state(state, len(steps))
-        marks = np.zeros(steps.shape[:2], bool) if reset is None else np.asarray(reset, bool)
-        if marks.shape != steps.shape[:2]:
+        marks = None if reset is None else np.asarray(reset, bool)
+        if marks is not None and marks.shape != steps.shape[:2]:
             raise ValueError(
                 f"expected reset of shape {steps.shape[:2]}; got {marks.shape}; give a flag a row and step"
             )
         if steps.shape[1] == 0:
             return np.zeros((*steps.shape[:2], self.output_size), self.dtype), carried
-        return self._run_parted(steps, carried, marks) if marks.any() else self._run(steps, carried)
+        if marks is None or not marks.any():
+            return self._run(steps, carried)
+        return self._run_parted(steps, carried, marks)
 
     def step(self, x: ArrayLike, state: tuple[ArrayLike, ArrayLike]) -> tuple[Array, State]:
         """Carry streams one step on: (N, input_size) and a state give (N, output_size) and a state."""
@@ -341,13 +343,10 @@ class DeployArtifact(Artifact):
         return h[:, None], c[:, None]
 
     def _run(self, x: Array, state: State) -> tuple[Array, State]:
-        return self._run_parted(x, state, np.zeros(x.shape[:2], bool))
+        return self._rows(state, lambda row: self.session.run(x[row]), (*x.shape[:2], self.output_size))
 
     def _run_parted(self, x: Array, state: State, reset: Array) -> tuple[Array, State]:
-        def run(row: int) -> Array:
-            return self.session.run(x[row], reset[row] if reset[row].any() else None)
-
-        return self._rows(state, run, (len(x), x.shape[1], self.output_size))
+        return self._rows(state, lambda row: self.session.run(x[row], reset[row]), (*x.shape[:2], self.output_size))
 
     def _answer(self, x: Array, state: State) -> tuple[Array, State]:
         if self.answers == "every":

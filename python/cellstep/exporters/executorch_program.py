@@ -71,7 +71,7 @@ def export_executorch(
     constants: dict[str, Any] = {
         **{name: getattr(model, name) for name in (*_NUMBERS, *_NAMES, "answers")},
         **{f"initial_{name}": part.contiguous() for name, part in zip("hc", initial, strict=True)},
-        "bidirectional": any(lstm.bidirectional for lstm in model.lstms),
+        "bidirectional": model.bidirectional,
         "batch_size": batch_size,
         "steps": steps,
         _VERSION: cellstep.__version__,

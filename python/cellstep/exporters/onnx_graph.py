@@ -219,7 +219,7 @@ def _config(model: Chain) -> dict[str, Any]:
         "h_size": model.h_size,
         "c_size": model.c_size,
         "answers": model.answers,
-        "bidirectional": any(lstm.bidirectional for lstm in model.lstms),
+        "bidirectional": model.bidirectional,
         "feature_names": list(model.feature_names),
         "output_names": list(model.output_names),
         "window": model.window,
@@ -239,7 +239,7 @@ def _chain(graph: _Graph, model: Chain, inputs: list[str], lengths: str, reset: 
     x = graph("Transpose", x, perm=[1, 0, 2])
     ends = graph("Cast", lengths, to=TensorProto.INT64) if lengths else ""
     valid = _valid(graph, x, ends) if lengths else ""
-    resets = _resets(graph, reset, valid, any(lstm.bidirectional for lstm in model.lstms)) if reset else []
+    resets = _resets(graph, reset, valid, model.bidirectional) if reset else []
 
     layers = [(lstm, layer) for lstm in model.lstms for layer in range(lstm.num_layers)]
     directions = [2 if lstm.bidirectional else 1 for lstm, _ in layers]

@@ -85,7 +85,7 @@ def _metadata(model: Chain, chain: PackedChain) -> dict[str, str]:
         **numbers,
         **state,
         "answers": model.answers,
-        "bidirectional": str(any(lstm.bidirectional for lstm in model.lstms)),
+        "bidirectional": str(model.bidirectional),
         "dtype": str(model.dtype).removeprefix("torch."),
         "feature_names": json.dumps(model.feature_names),
         "output_names": json.dumps(model.output_names),

@@ -200,7 +200,12 @@ class Chain(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.input_offset.dtype
 
-    __jit_unused_properties__ = ["dtype", "head", "hidden_size", "lstm", "num_layers"]  # noqa: RUF012
+    @property
+    def bidirectional(self) -> bool:
+        """Whether a layer runs backwards in time as well, so that a sequence cannot be cut into calls."""
+        return any(lstm.bidirectional for lstm in self.lstms)
+
+    __jit_unused_properties__ = ["bidirectional", "dtype", "head", "hidden_size", "lstm", "num_layers"]  # noqa: RUF012
 
     @torch.jit.unused
     @torch.no_grad()

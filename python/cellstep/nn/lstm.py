@@ -336,10 +336,18 @@ class LSTM(nn.Module):
         if self.learn_initial_state:
             h, c = self._initial_pair()
             return h.unsqueeze(1).expand(-1, batch_size, -1), c.unsqueeze(1).expand(-1, batch_size, -1)
-        weight = self._weights()[0]
+        return self._zero_state(self._weights()[0], batch_size)
+
+    def _zero_state(self, like: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        h = weight.new_zeros([rows, batch_size, self.proj_size if self.proj_size > 0 else self.hidden_size])
-        return h, weight.new_zeros([rows, batch_size, self.hidden_size])
+        h = like.new_zeros([rows, batch_size, self.proj_size if self.proj_size > 0 else self.hidden_size])
+        return h, like.new_zeros([rows, batch_size, self.hidden_size])
+
+    def _first_state(self, x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """What a call without a state starts from: learned, or zero in the dtype of its input."""
+        if self.learn_initial_state:
+            return self.initial_state(batch_size)
+        return self._zero_state(x, batch_size)
 
     def _initial_pair(self) -> tuple[Tensor, Tensor]:
         if torch.jit.is_scripting():
@@ -440,12 +448,8 @@ class LSTM(nn.Module):
             x = input
         # Asked for once: a parametrisation computes a weight whenever it is looked at.
         weights = self._weights()
-        if hx is None and self.learn_initial_state:
-            h, c = self.initial_state(x.size(1))
-        elif hx is None:
-            rows = self.num_layers * (2 if self.bidirectional else 1)
-            h = x.new_zeros([rows, x.size(1), self.proj_size if self.proj_size > 0 else self.hidden_size])
-            c = x.new_zeros([rows, x.size(1), self.hidden_size])
+        if hx is None:
+            h, c = self._first_state(x, x.size(1))
         else:
             h, c = hx
             if h.dim() != input.dim() or c.dim() != input.dim():
@@ -500,9 +504,7 @@ class LSTM(nn.Module):
         """On torch.lstm, which has kernels for a PackedSequence on more devices."""
         data, batch_sizes, there, back = packed
         rows = int(batch_sizes[0])
-        h, c = self.initial_state(rows) if hx is None else hx
-        if hx is None and not self.learn_initial_state:
-            h, c = h.to(data.dtype), c.to(data.dtype)
+        h, c = self._first_state(data, rows) if hx is None else hx
         weights = self._weights()
         self._check(data[:rows].unsqueeze(0), h, c, weights[0], None, None)
         if there is not None:
