@@ -59,10 +59,13 @@ inline SplitExp<Vector<T, Lanes>> split_exp(Vector<T, Lanes> x) {
     const V n = shifted - shift;
     V r = fma(n, broadcast<V>(-C::ln2_high), x);
     r = fma(n, broadcast<V>(-C::ln2_low), r);
-    V q = broadcast<V>(C::series[0]);
-    for (int term = 1; term < C::terms; ++term) q = fma(q, r, broadcast<V>(C::series[term]));
+    // Pairs of terms first, then by powers of r^2: half the latency of Horner's scheme for as many operations.
+    const V square = r * r;
+    V q = fma(broadcast<V>(C::series[0]), r, broadcast<V>(C::series[1]));
+    for (int term = 2; term < C::terms; term += 2)
+        q = fma(q, square, fma(broadcast<V>(C::series[term]), r, broadcast<V>(C::series[term + 1])));
     const I one = bit_cast<I>(broadcast<V>(T(1)));
-    return {bit_cast<V>((bit_cast<I>(shifted) << C::mantissa_bits) + one), fma(r * r, q, r)};
+    return {bit_cast<V>((bit_cast<I>(shifted) << C::mantissa_bits) + one), fma(square, q, r)};
 }
 
 template <class T, int Lanes>
@@ -72,9 +75,16 @@ inline Vector<T, Lanes> magnitude(Vector<T, Lanes> x) {
     return bit_cast<Vector<T, Lanes>>(bit_cast<I>(x) & ~sign);
 }
 
-/// 1 / (1 + exp(-x)); NaN for NaN; exactly zero below the range of normal numbers.
+/// A value as a quotient, so that the product of two values takes one division.
+template <class V>
+struct Fraction {
+    V over;
+    V under;
+};
+
+/// 1 / (1 + exp(-x)); NaN for NaN; exactly zero below the range of normal numbers. The denominator is 1 to 2.
 template <class T, int Lanes>
-inline Vector<T, Lanes> sigmoid(Vector<T, Lanes> x) {
+inline Fraction<Vector<T, Lanes>> sigmoid_fraction(Vector<T, Lanes> x) {
     using V = Vector<T, Lanes>;
     const V floor = broadcast<V>(ExpConstants<T>::underflow);
     V negative = -magnitude<T, Lanes>(x);
@@ -84,7 +94,13 @@ inline Vector<T, Lanes> sigmoid(Vector<T, Lanes> x) {
     V e = fma(split.scale, split.expm1, split.scale);
     e = vanishes ? V{} : e;
     const V one = broadcast<V>(T(1));
-    return (x < V{} ? e : one) / (one + e);
+    return {x < V{} ? e : one, one + e};
+}
+
+template <class T, int Lanes>
+inline Vector<T, Lanes> sigmoid(Vector<T, Lanes> x) {
+    const Fraction<Vector<T, Lanes>> value = sigmoid_fraction<T, Lanes>(x);
+    return value.over / value.under;
 }
 
 /// expm1(x) for x up to 0, x above; NaN for NaN.
@@ -98,9 +114,10 @@ inline Vector<T, Lanes> elu(Vector<T, Lanes> x) {
     return x < V{} ? fma(split.scale, split.expm1, split.scale - broadcast<V>(T(1))) : x;
 }
 
-/// tanh(x) = -t / (2 + t) with t = expm1(-2 |x|), and the sign of x; never past 1 in magnitude; NaN for NaN.
+/// tanh(x) = -t / (2 + t) with t = expm1(-2 |x|), and the sign of x; never past 1 in magnitude; NaN for NaN. The
+/// denominator is 1 to 2.
 template <class T, int Lanes>
-inline Vector<T, Lanes> tanh(Vector<T, Lanes> x) {
+inline Fraction<Vector<T, Lanes>> tanh_fraction(Vector<T, Lanes> x) {
     using V = Vector<T, Lanes>;
     using I = Vector<typename ExpConstants<T>::Bits, Lanes>;
     const V saturated = broadcast<V>(T(-44));  // tanh(22) rounds to 1 in float and in double
@@ -108,9 +125,14 @@ inline Vector<T, Lanes> tanh(Vector<T, Lanes> x) {
     twice = twice < saturated ? saturated : twice;
     const SplitExp<V> split = split_exp<T, Lanes>(twice);
     const V t = fma(split.scale, split.expm1, split.scale - broadcast<V>(T(1)));
-    const V positive = -t / (broadcast<V>(T(2)) + t);
     const I sign = bit_cast<I>(broadcast<V>(T(-0.0)));
-    return bit_cast<V>((bit_cast<I>(positive) & ~sign) | (bit_cast<I>(x) & sign));
+    return {bit_cast<V>((bit_cast<I>(t) & ~sign) | (bit_cast<I>(x) & sign)), broadcast<V>(T(2)) + t};
+}
+
+template <class T, int Lanes>
+inline Vector<T, Lanes> tanh(Vector<T, Lanes> x) {
+    const Fraction<Vector<T, Lanes>> value = tanh_fraction<T, Lanes>(x);
+    return value.over / value.under;
 }
 
 }  // namespace CELLSTEP_ISA

@@ -225,6 +225,7 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
                           run.batch,
                           layer.input_size,
                           layer.hidden_size,
+                          WeightType::full,
                           direction.packed,
                           {x, x_step, x_row, 1},
                           h,
@@ -248,6 +249,7 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
                             layer.input_size,
                             layer.hidden_size,
                             layer.recurrent_size,
+                            WeightType::full,
                             direction.packed,
                             {x, x_step, x_row, 1},
                             h,
@@ -341,7 +343,8 @@ std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t bat
     std::size_t layer = 0;
     for (const ImageRecord& record : image) {
         if (kind_of(record) != RecordKind::lstm) continue;
-        const std::size_t needed = variant_scratch(chunk, batch, record.sizes[0], record.sizes[1]);
+        const std::size_t needed = variant_scratch(chunk, batch, record.sizes[0], record.sizes[1]) +
+                                   layer_scratch(chunk, batch, record.sizes[0], record.sizes[1]);
         layer = needed > layer ? needed : layer;
     }
     const UnitCounts units = largest_layers(image);

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 
+#include "core/pack.h"
+
 namespace cellstep {
 namespace core {
 
@@ -22,23 +24,31 @@ struct Product {
     std::ptrdiff_t c_stride;
 };
 
-/// The recurrence of one layer over `steps` steps, once the input projection lies in `sums`.
+/// One step of a plain layer for the units from first_unit to last_unit.
 template <class T>
-struct Sweep {
-    std::size_t steps;
-    std::size_t batch;
+struct Step {
+    std::size_t rows;
     std::size_t input_size;
     std::size_t hidden_size;
-    const T* packed;  ///< the layer in the layout of pack.h
-    T* sums;          ///< for each panel (steps * batch, 4 width): bias and input part; overwritten
-    const T* h;       ///< state before the first step, row stride h_stride
+    std::size_t recurrent_size;  ///< hidden_size, as this is a plain layer
+    std::size_t first_unit;      ///< a multiple of 16
+    std::size_t last_unit;       ///< a multiple of 16, or hidden_size
+    WeightType weights;
+    const void* packed;  ///< the layer in the layout of pack.h
+    const T* x;          ///< (rows, input_size), row stride x_stride; not read if there are sums
+    std::ptrdiff_t x_stride;
+    const T* h;  ///< (rows, hidden_size) before the step, row stride h_stride
     std::ptrdiff_t h_stride;
-    T* c;  ///< (batch, hidden_size), updated in place
-    T* y;  ///< (steps, batch, hidden_size), the h of every step
-    std::ptrdiff_t y_step_stride;
-    std::ptrdiff_t y_row_stride;
-    T* gates;  ///< null, or (steps, batch, 4 hidden_size): activated i, f, g, o
-    T* cells;  ///< null, or (steps, batch, hidden_size): the c of every step
+    T* sums;                ///< null, or for each panel (sums_rows, 4 width): bias and input part; overwritten
+    std::size_t sums_rows;  ///< rows of all steps that the sums are for
+    std::size_t sums_row;   ///< the first row of this step
+    const T* c;             ///< (rows, hidden_size) before the step
+    T* c_next;              ///< (rows, hidden_size) after it; may be c
+    T* h_next;              ///< (rows, hidden_size) after it, row stride h_next_stride; must not overlap h
+    std::ptrdiff_t h_next_stride;
+    T* gates;                ///< null, or (rows, 4 hidden_size): activated i, f, g, o
+    T* scratch;              ///< 64 (rows + input_size + hidden_size) values
+    bool backwards = false;  ///< whether the panels are read from the last to the first
 };
 
 /// One step back through gates and state, element by element.
@@ -100,7 +110,8 @@ struct VariantSweep {
     std::size_t input_size;
     std::size_t hidden_size;
     std::size_t recurrent_size;  ///< values of h: hidden_size, or less behind a projection
-    const T* packed;             ///< the layer in the layout of pack.h
+    WeightType weights;
+    const void* packed;  ///< the layer in the layout of pack.h
     T* sums;  ///< for each panel (steps * batch, 4 width): input part, with the bias unless there is norm_ih;
               ///< overwritten
     T* h;     ///< (batch, recurrent_size), updated in place
@@ -117,7 +128,9 @@ struct VariantSweep {
 template <class T>
 struct Kernels {
     void (*product)(const Product<T>&);
-    void (*sweep)(const Sweep<T>&);
+    /// Writes `count` weights of a narrow type in the type that is computed in; `stored` is read as that type.
+    void (*widen)(WeightType type, const void* stored, std::size_t count, T* widened);
+    void (*step)(const Step<T>&);
     void (*step_backward)(const StepBackward<T>&);
     void (*variant_sweep)(const VariantSweep<T>&);
     /// Applies an activation to `rows` contiguous rows of `width` values in place.

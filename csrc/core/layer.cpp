@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "core/denormals.h"
 #include "core/kernels.h"
 
 namespace cellstep {
@@ -34,8 +35,9 @@ const T* gather(const SequenceView<T>& x, std::size_t steps, std::size_t batch, 
 
 /// The input part of all gate sums, panel by panel, begun with the bias or with zero.
 template <class T>
-void project(const T* packed, std::size_t rows, std::size_t input_size, std::size_t hidden_size,
-             std::size_t recurrent_size, bool bias, const T* x, T* sums) {
+void project(WeightType weights, const void* packed, std::size_t rows, std::size_t input_size, std::size_t hidden_size,
+             std::size_t recurrent_size, bool bias, const T* x, std::ptrdiff_t x_stride, T* sums, T* scratch) {
+    const unsigned char* panel = static_cast<const unsigned char*>(packed);
     std::size_t width = 0;
     for (std::size_t unit = 0; unit < hidden_size; unit += width) {
         width = panel_width(hidden_size - unit);
@@ -43,53 +45,146 @@ void project(const T* packed, std::size_t rows, std::size_t input_size, std::siz
         const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(columns);
         for (std::size_t row = 0; row < rows; ++row) {
             if (bias)
-                std::memcpy(sums + row * columns, packed, columns * sizeof(T));
+                std::memcpy(sums + row * columns, panel, columns * sizeof(T));
             else
                 zero(sums + row * columns, columns);
         }
-        kernels<T>().product({rows, columns, input_size, x, static_cast<std::ptrdiff_t>(input_size), 1,
-                              packed + columns, stride, sums, stride});
-        packed += columns * (1 + input_size + recurrent_size);
+        const T* full = reinterpret_cast<const T*>(panel + columns * sizeof(T));
+        if (weights != WeightType::full) {
+            kernels<T>().widen(weights, full, columns * input_size, scratch);
+            full = scratch;
+        }
+        kernels<T>().product({rows, columns, input_size, x, x_stride, 1, full, stride, sums, stride});
+        panel += panel_bytes<T>(weights, width, input_size + recurrent_size);
         sums += columns * rows;
     }
+}
+
+/// Rows of one chunk of steps: enough for the matrix product, few enough to stay in cache.
+constexpr std::size_t chunk_rows = 64;
+/// With fewer rows than this in a batch the input projection of a chunk is one product.
+constexpr std::size_t rows_without_chunks = 6;
+
+std::size_t chunk_steps(std::size_t steps, std::size_t batch) {
+    if (batch >= rows_without_chunks || batch == 0) return 1;
+    const std::size_t chunk = chunk_rows / batch;
+    return steps < chunk ? steps : chunk;
+}
+
+/// Values that one step of some rows wants: the sums of a panel, and its weights where they are widened.
+std::size_t step_scratch(std::size_t rows, std::size_t depth) { return 64 * (rows + depth); }
+
+/// Threads that a step is shared between, by units: its work must be worth waking them for.
+std::size_t step_shares(const Parallel* parallel, std::size_t rows, std::size_t hidden_size, std::size_t depth) {
+    if (!parallel) return 1;
+    const std::size_t panels = full_panels(hidden_size);
+    std::size_t threads = parallel->threads < panels ? parallel->threads : panels;
+    if (threads > max_step_shares) threads = max_step_shares;
+    const std::size_t multiply_adds = 4 * hidden_size * depth * (rows < 2 ? 2 : rows);
+    constexpr std::size_t worth_sharing = 1u << 20;
+    return multiply_adds < worth_sharing || threads < 2 ? 1 : threads;
+}
+
+template <class T>
+void run_step(const Step<T>& step, std::size_t shares, const Parallel* parallel, T* scratch) {
+    const std::size_t memory = step_scratch(step.rows, step.input_size + step.recurrent_size);
+    for_each(parallel, shares, [&](std::size_t share) {
+        Step<T> part = step;
+        part.first_unit = share_begin(step.hidden_size, shares, share, 16);
+        part.last_unit = share_begin(step.hidden_size, shares, share + 1, 16);
+        part.scratch = scratch + share * memory;
+        const FlushDenormals flush;
+        kernels<T>().step(part);
+    });
 }
 
 }  // namespace
 
 std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size) {
-    return steps * batch * (gate_count * padded_size(hidden_size) + input_size);
+    const std::size_t rows = chunk_steps(steps, batch) * batch;
+    return rows * (gate_count * padded_size(hidden_size) + input_size) +
+           max_step_shares * step_scratch(rows, input_size + hidden_size);
 }
 
 std::size_t variant_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size) {
-    // Gate sums of a step, c, o and h before the projection, and twice h behind it, which is no larger.
-    return layer_scratch(steps, batch, input_size, hidden_size) +
-           batch * (gate_count * padded_size(hidden_size) + 5 * hidden_size);
+    // Gate sums of a step, c, both parts of o and h before the projection, twice h behind it, which is no larger, and
+    // the weights of a panel where they are widened.
+    return steps * batch * (gate_count * padded_size(hidden_size) + input_size) +
+           batch * (gate_count * padded_size(hidden_size) + 6 * hidden_size) + 64 * (input_size + hidden_size);
 }
 
 template <class T>
 void layer_forward(const LayerForward<T>& layer, T* scratch) {
-    const std::size_t rows = layer.steps * layer.batch;
-    T* sums = scratch;
-    const T* x = gather(layer.x, layer.steps, layer.batch, layer.input_size,
-                        scratch + rows * gate_count * padded_size(layer.hidden_size));
-    project(layer.packed, rows, layer.input_size, layer.hidden_size, layer.hidden_size, true, x, sums);
-    kernels<T>().sweep({layer.steps, layer.batch, layer.input_size, layer.hidden_size, layer.packed, sums, layer.h,
-                        static_cast<std::ptrdiff_t>(layer.hidden_size), layer.c, layer.y.data, layer.y.step_stride,
-                        layer.y.row_stride, layer.gates, layer.cells});
+    const FlushDenormals flush;
+    const std::size_t units = layer.hidden_size;
+    const std::size_t depth = layer.input_size + units;
+    const std::size_t chunk = chunk_steps(layer.steps, layer.batch);
+    T* const sums = scratch;
+    T* const x_rows = sums + chunk * layer.batch * gate_count * padded_size(units);
+    T* const step_memory = x_rows + chunk * layer.batch * layer.input_size;
+    const std::size_t state = layer.batch * units;
+    const std::size_t shares = step_shares(layer.parallel, layer.batch, units, depth);
+    Step<T> s{};
+    s.rows = layer.batch;
+    s.input_size = layer.input_size;
+    s.hidden_size = units;
+    s.recurrent_size = units;
+    s.weights = layer.weights;
+    s.packed = layer.packed;
+    s.h = layer.h;
+    s.h_stride = static_cast<std::ptrdiff_t>(units);
+    s.h_next_stride = layer.y.row_stride;
+    s.c = layer.c;
+    for (std::size_t begin = 0; begin < layer.steps; begin += chunk) {
+        const std::size_t steps = layer.steps - begin < chunk ? layer.steps - begin : chunk;
+        SequenceView<T> view = layer.x;
+        view.data += static_cast<std::ptrdiff_t>(begin) * view.step_stride;
+        const T* x = view.data;
+        std::ptrdiff_t x_stride = layer.batch == 1 ? view.step_stride : view.row_stride;
+        const bool rows_follow = steps == 1 || layer.batch == 1 ||
+                                 view.step_stride == static_cast<std::ptrdiff_t>(layer.batch) * view.row_stride;
+        if (view.feature_stride != 1 || !rows_follow) {
+            x = gather(view, steps, layer.batch, layer.input_size, x_rows);
+            x_stride = static_cast<std::ptrdiff_t>(layer.input_size);
+        }
+        const bool projected = chunk > 1;
+        if (projected)
+            project<T>(layer.weights, layer.packed, steps * layer.batch, layer.input_size, units, units, true, x,
+                       x_stride, sums, step_memory);
+        for (std::size_t step = 0; step < steps; ++step) {
+            const std::size_t at = begin + step;
+            s.x = x;
+            s.x_stride = x_stride;
+            s.sums = projected ? sums : nullptr;
+            s.sums_rows = steps * layer.batch;
+            s.sums_row = step * layer.batch;
+            s.c_next = layer.cells ? layer.cells + at * state : layer.c;
+            s.h_next = layer.y.data + static_cast<std::ptrdiff_t>(at) * layer.y.step_stride;
+            s.gates = layer.gates ? layer.gates + at * gate_count * state : nullptr;
+            run_step(s, shares, layer.parallel, step_memory);
+            // The next step begins where this one ended: the weights that it read last may still lie in cache.
+            s.backwards = !s.backwards;
+            s.h = s.h_next;
+            s.h_stride = s.h_next_stride;
+            s.c = s.c_next;
+        }
+    }
+    if (layer.cells && layer.steps > 0) std::memcpy(layer.c, s.c, state * sizeof(T));
 }
 
 template <class T>
 void variant_forward(const VariantForward<T>& layer, T* scratch) {
+    const FlushDenormals flush;
     const std::size_t rows = layer.steps * layer.batch;
     T* sums = scratch;
     T* x_rows = scratch + rows * gate_count * padded_size(layer.hidden_size);
     const T* x = gather(layer.x, layer.steps, layer.batch, layer.input_size, x_rows);
-    project(layer.packed, rows, layer.input_size, layer.hidden_size, layer.recurrent_size, !layer.options.norm_ih, x,
-            sums);
+    T* memory = x_rows + rows * layer.input_size;
+    project<T>(layer.weights, layer.packed, rows, layer.input_size, layer.hidden_size, layer.recurrent_size,
+               !layer.options.norm_ih, x, static_cast<std::ptrdiff_t>(layer.input_size), sums, memory);
     kernels<T>().variant_sweep({layer.steps, layer.batch, layer.input_size, layer.hidden_size, layer.recurrent_size,
-                                layer.packed, sums, layer.h, layer.c, layer.y.data, layer.y.step_stride,
-                                layer.y.row_stride, layer.cells, x_rows + rows * layer.input_size, layer.options,
-                                layer.masks});
+                                layer.weights, layer.packed, sums, layer.h, layer.c, layer.y.data, layer.y.step_stride,
+                                layer.y.row_stride, layer.cells, memory, layer.options, layer.masks});
 }
 
 template <class T>

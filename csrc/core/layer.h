@@ -11,6 +11,7 @@
 
 #include "core/kernels.h"
 #include "core/pack.h"
+#include "core/parallel.h"
 
 namespace cellstep {
 namespace core {
@@ -38,21 +39,27 @@ struct LayerForward {
     std::size_t batch;
     std::size_t input_size;
     std::size_t hidden_size;
-    const T* packed;      ///< packed_size(input_size, hidden_size, hidden_size) values, see pack.h
+    WeightType weights;
+    const void* packed;   ///< the layer in the layout of pack.h
     SequenceView<T> x;    ///< (steps, batch, input_size); negative strides run a sequence backwards
     const T* h;           ///< (batch, hidden_size) before the first step; must not lie in y
     T* c;                 ///< (batch, hidden_size), updated in place
     SequenceTarget<T> y;  ///< (steps, batch, hidden_size)
     T* gates;             ///< null, or (steps, batch, 4 hidden_size): activated i, f, g, o for backward
-    T* cells;             ///< null exactly where gates is, or (steps, batch, hidden_size): c of every step
+    T* cells;             ///< null, or (steps, batch, hidden_size): c of every step
+    const Parallel* parallel = nullptr;
 };
 
-/// Values of scratch memory that layer_forward needs for a call of this size.
+/// Most threads that share a step.
+constexpr std::size_t max_step_shares = 8;
+
+/// Values of scratch memory that layer_forward needs for a call of this size; does not grow with long sequences.
 std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size);
 
-/// Runs a layer: the input projection of all steps as one matrix product, then the recurrence. Every gate sum is
-/// one chain of multiply-adds over bias, inputs and hidden values, so no bit of the result hangs on how a sequence
-/// is cut into calls or on which other rows are in the batch.
+/// Runs a layer. A few rows have the input projection of a chunk of steps as one matrix product before the recurrence,
+/// so that its weights are read once for the chunk; with more rows a step reads them once for all. Every gate sum is
+/// one chain of multiply-adds over bias, inputs and hidden values, so no bit of the result hangs on how a sequence is
+/// cut into calls, on which other rows are in the batch, or on the threads.
 template <class T>
 void layer_forward(const LayerForward<T>& layer, T* scratch);
 
@@ -64,12 +71,13 @@ struct VariantForward {
     std::size_t input_size;
     std::size_t hidden_size;
     std::size_t recurrent_size;  ///< values of h: hidden_size, or less behind a projection
-    const T* packed;             ///< packed_size(input_size, hidden_size, recurrent_size) values
-    SequenceView<T> x;           ///< (steps, batch, input_size)
-    T* h;                        ///< (batch, recurrent_size), updated in place; must not lie in y
-    T* c;                        ///< (batch, hidden_size), updated in place
-    SequenceTarget<T> y;         ///< (steps, batch, recurrent_size)
-    T* cells;                    ///< null, or (steps, batch, hidden_size): c of every step
+    WeightType weights;
+    const void* packed;   ///< the layer in the layout of pack.h
+    SequenceView<T> x;    ///< (steps, batch, input_size)
+    T* h;                 ///< (batch, recurrent_size), updated in place; must not lie in y
+    T* c;                 ///< (batch, hidden_size), updated in place
+    SequenceTarget<T> y;  ///< (steps, batch, recurrent_size)
+    T* cells;             ///< null, or (steps, batch, hidden_size): c of every step
     LayerOptions<T> options;
     LayerMasks<T> masks;
 };

@@ -27,6 +27,19 @@ constexpr std::size_t packed_size(std::size_t input_size, std::size_t hidden_siz
     return gate_count * padded_size(hidden_size) * (1 + input_size + recurrent_size);
 }
 
+/// Full panels of 16 among the panels of so many units.
+constexpr std::size_t full_panels(std::size_t units) { return (units + 3) / 16; }
+
+/// How the weights of a packed layer are stored. Biases always have the type that is computed in.
+enum class WeightType : unsigned char { full, bfloat16, float16, int8 };
+
+/// Bytes of a panel with `depth` inputs and hidden values: its biases, then a row of weights for each of them. Not for
+/// int8, whose panels have a layout of their own.
+template <class T>
+constexpr std::size_t panel_bytes(WeightType type, std::size_t width, std::size_t depth) {
+    return gate_count * width * (sizeof(T) + depth * (type == WeightType::full ? sizeof(T) : 2));
+}
+
 /// A matrix that is read through its strides, counted in values.
 template <class T>
 struct MatrixView {

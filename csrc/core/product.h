@@ -8,19 +8,39 @@ namespace cellstep {
 namespace core {
 namespace CELLSTEP_ISA {
 
-/// Loads and stores of a vector whose last lanes may lie past the end of the row.
+/// Loads and stores of a vector whose last lanes may lie past the end of the row; lanes past it are zero.
 template <class V, class T>
 inline V load_part(const T* source, std::size_t count) {
-    if (count >= sizeof(V) / sizeof(T)) return load<V>(source);
+    constexpr std::size_t lanes = sizeof(V) / sizeof(T);
+    if (count >= lanes) return load<V>(source);
+#if defined(__AVX512VL__)
+    const auto mask = static_cast<std::uint16_t>((1u << count) - 1);
+    if constexpr (sizeof(T) == 4 && lanes == 16) return bit_cast<V>(_mm512_maskz_loadu_ps(mask, source));
+    if constexpr (sizeof(T) == 4 && lanes == 8) return bit_cast<V>(_mm256_maskz_loadu_ps(mask & 255, source));
+    if constexpr (sizeof(T) == 4 && lanes == 4) return bit_cast<V>(_mm_maskz_loadu_ps(mask & 255, source));
+    if constexpr (sizeof(T) == 8 && lanes == 8) return bit_cast<V>(_mm512_maskz_loadu_pd(mask & 255, source));
+#endif
     V value{};
-    for (std::size_t lane = 0; lane < count; ++lane) value[lane] = source[lane];
+    for (std::size_t lane = 0; lane < lanes; ++lane)
+        if (lane < count) value[lane] = source[lane];
     return value;
 }
 
 template <class V, class T>
 inline void store_part(T* target, V value, std::size_t count) {
-    if (count >= sizeof(V) / sizeof(T)) return store(target, value);
-    for (std::size_t lane = 0; lane < count; ++lane) target[lane] = value[lane];
+    constexpr std::size_t lanes = sizeof(V) / sizeof(T);
+    if (count >= lanes) return store(target, value);
+#if defined(__AVX512VL__)
+    const auto mask = static_cast<std::uint16_t>((1u << count) - 1);
+    if constexpr (sizeof(T) == 4 && lanes == 16) return _mm512_mask_storeu_ps(target, mask, bit_cast<__m512>(value));
+    if constexpr (sizeof(T) == 4 && lanes == 8)
+        return _mm256_mask_storeu_ps(target, mask & 255, bit_cast<__m256>(value));
+    if constexpr (sizeof(T) == 4 && lanes == 4) return _mm_mask_storeu_ps(target, mask & 255, bit_cast<__m128>(value));
+    if constexpr (sizeof(T) == 8 && lanes == 8)
+        return _mm512_mask_storeu_pd(target, mask & 255, bit_cast<__m512d>(value));
+#endif
+    for (std::size_t lane = 0; lane < lanes; ++lane)
+        if (lane < count) target[lane] = value[lane];
 }
 
 /// A block of Rows by Vectors registers of C stays in registers over the whole depth.

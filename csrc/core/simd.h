@@ -33,6 +33,13 @@ constexpr int native_bytes = 32;
 constexpr int native_bytes = 16;
 #endif
 
+/// Vector registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int native_registers = 32;
+#else
+constexpr int native_registers = 16;
+#endif
+
 template <class T, int Lanes>
 struct VectorOf {
     typedef T type __attribute__((vector_size(Lanes * sizeof(T))));

@@ -6,6 +6,7 @@
 #include "core/activations.h"
 #include "core/pack.h"
 #include "core/product.h"
+#include "core/step.h"
 
 namespace cellstep {
 namespace core {
@@ -40,6 +41,14 @@ inline Vector<T, Lanes> activated(Activation activation, Vector<T, Lanes> x) {
         default:
             return x;
     }
+}
+
+/// The same as a quotient where it is one: the products of gates are then what step.h makes of them, to the bit.
+template <class T, int Lanes>
+inline Fraction<Vector<T, Lanes>> activated_fraction(Activation activation, Vector<T, Lanes> x) {
+    if (activation == Activation::sigmoid) return sigmoid_fraction<T, Lanes>(x);
+    if (activation == Activation::tanh) return tanh_fraction<T, Lanes>(x);
+    return {activated<T, Lanes>(activation, x), broadcast<Vector<T, Lanes>>(T(1))};
 }
 
 /// exp of differences to the largest value, so that nothing overflows; summed in order.
@@ -134,14 +143,16 @@ inline Moments<T> moments(const T* values, std::size_t count) {
 template <class T>
 inline void normalise_gates(const VariantSweep<T>& s, std::size_t step, const T* recurrent) {
     const std::size_t rows = s.steps * s.batch;
-    const std::size_t depth = 1 + s.input_size + s.recurrent_size;
+    const std::size_t depth = s.input_size + s.recurrent_size;
     for (std::size_t row = 0; row < s.batch; ++row) {
+        const unsigned char* packed = static_cast<const unsigned char*>(s.packed);
         const Moments<T> a = gate_moments<T>(s.sums, rows, step * s.batch + row, s.hidden_size, s.options.coupled);
         const Moments<T> r = gate_moments<T>(recurrent, s.batch, row, s.hidden_size, s.options.coupled);
         for_each_panel(s.hidden_size, [&](std::size_t unit, std::size_t width, std::size_t padded) {
             T* to = s.sums + gate_count * (padded * rows + (step * s.batch + row) * width);
             const T* from = recurrent + gate_count * (padded * s.batch + row * width);
-            const T* bias = s.packed + gate_count * padded * depth;
+            const T* bias = reinterpret_cast<const T*>(packed);
+            packed += panel_bytes<T>(s.weights, width, depth);
             const std::size_t count = s.hidden_size - unit < width ? s.hidden_size - unit : width;
             for (std::size_t gate = 0; gate < gate_count; ++gate) {
                 const T* gain_a = s.options.norm_ih + gate * s.hidden_size + unit;
@@ -156,9 +167,11 @@ inline void normalise_gates(const VariantSweep<T>& s, std::size_t step, const T*
     }
 }
 
-/// Gates of one row and panel: c of the step, before zoneout, to new_c, and o to `o`. `unit` is the panel's first.
+/// Gates of one row and panel: c of the step, before zoneout, to new_c, and o, as a quotient, to `over` and `under`.
+/// `unit` is the panel's first.
 template <class T, int Width>
-inline void gate_panel(const VariantSweep<T>& s, std::size_t row, std::size_t unit, const T* sums, T* new_c, T* o) {
+inline void gate_panel(const VariantSweep<T>& s, std::size_t row, std::size_t unit, const T* sums, T* new_c, T* over,
+                       T* under) {
     constexpr int lanes = native_lanes<T> < Width ? native_lanes<T> : Width;
     using V = Vector<T, lanes>;
     const LayerOptions<T>& options = s.options;
@@ -174,15 +187,22 @@ inline void gate_panel(const VariantSweep<T>& s, std::size_t row, std::size_t un
             i = fma(load_part<V>(options.peephole + at, count), c, i);
             f = fma(load_part<V>(options.peephole + units + at, count), c, f);
         }
-        i = activated<T, lanes>(options.gate, i);
-        f = options.coupled ? broadcast<V>(T(1)) - i : activated<T, lanes>(options.gate, f);
-        V g = activated<T, lanes>(options.candidate, load<V>(sums + 2 * Width + lane));
-        if (s.masks.mask_g) g *= load_part<V>(s.masks.mask_g + row * units + at, count);
-        V next = fma(f, c, i * g);
+        const Fraction<V> in = activated_fraction<T, lanes>(options.gate, i);
+        if (options.coupled) {
+            f = broadcast<V>(T(1)) - in.over / in.under;
+        } else {
+            const Fraction<V> keep = activated_fraction<T, lanes>(options.gate, f);
+            f = keep.over / keep.under;
+        }
+        Fraction<V> g = activated_fraction<T, lanes>(options.candidate, load<V>(sums + 2 * Width + lane));
+        if (s.masks.mask_g) g.over *= load_part<V>(s.masks.mask_g + row * units + at, count);
+        V next = fma(f, c, (in.over * g.over) / (in.under * g.under));
         if (options.cell_clip > T(0)) next = clamp<T, lanes>(next, -options.cell_clip, options.cell_clip);
         if (options.peephole) output = fma(load_part<V>(options.peephole + 2 * units + at, count), next, output);
+        const Fraction<V> o = activated_fraction<T, lanes>(options.gate, output);
         store_part(new_c + at, next, count);
-        store_part(o + at, activated<T, lanes>(options.gate, output), count);
+        store_part(over + at, o.over, count);
+        store_part(under + at, o.under, count);
     }
 }
 
@@ -219,7 +239,8 @@ inline void clear_rows(const VariantSweep<T>& s, std::size_t step) {
 
 /// h before the projection: o times the activated, perhaps normalised, c. Overwrites new_c's row only in `m`.
 template <class T>
-inline void hidden_row(const LayerOptions<T>& options, std::size_t units, const T* new_c, const T* o, T* m) {
+inline void hidden_row(const LayerOptions<T>& options, std::size_t units, const T* new_c, const T* over, const T* under,
+                       T* m) {
     constexpr int lanes = native_lanes<T>;
     using V = Vector<T, lanes>;
     Moments<T> moment{T(0), T(1)};
@@ -231,22 +252,65 @@ inline void hidden_row(const LayerOptions<T>& options, std::size_t units, const 
             c = (c - broadcast<V>(moment.mean)) * broadcast<V>(moment.inverse) *
                     load_part<V>(options.norm_c + at, count) +
                 load_part<V>(options.norm_c_bias + at, count);
-        store_part(m + at, load_part<V>(o + at, count) * activated<T, lanes>(options.output, c), count);
+        const Fraction<V> squashed = activated_fraction<T, lanes>(options.output, c);
+        // A lane past the end would divide by zero; no lane of it is stored.
+        store_part(
+            m + at,
+            (load_part<V>(over + at, count) * squashed.over) / (load_part<V>(under + at, count) * squashed.under),
+            count);
     }
+}
+
+/// Adds the hidden part of a step to its sums, or to zero in `recurrent` where it is normalised by itself. `widened`:
+/// memory for the weights of a panel.
+template <class T>
+inline void add_recurrent(const VariantSweep<T>& s, std::size_t step, const T* h, T* recurrent, T* widened) {
+    const std::size_t depth = s.input_size + s.recurrent_size;
+    Step<T> part{};
+    part.rows = s.batch;
+    part.input_size = s.input_size;
+    part.hidden_size = s.hidden_size;
+    part.recurrent_size = s.recurrent_size;
+    part.last_unit = s.hidden_size;
+    part.weights = s.weights;
+    part.packed = s.packed;
+    part.h = h;
+    part.sums = s.sums;
+    part.sums_rows = s.steps * s.batch;
+    part.sums_row = step * s.batch;
+    if (s.options.norm_hh) {
+        for (std::size_t at = 0; at < s.batch * gate_count * padded_size(s.hidden_size); ++at) recurrent[at] = T(0);
+        part.sums = recurrent;
+        part.sums_rows = s.batch;
+        part.sums_row = 0;
+    }
+    if constexpr (panels_at_once<T> > 0)
+        if (s.batch == 1) return row_of_weights<T>(part, KeepSums<T>{part});
+    const unsigned char* packed = static_cast<const unsigned char*>(s.packed);
+    for_each_panel(s.hidden_size, [&](std::size_t, std::size_t width, std::size_t padded) {
+        const std::size_t columns = gate_count * width;
+        const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(columns);
+        T* sums = part.sums + gate_count * padded * part.sums_rows + part.sums_row * columns;
+        const T* weights = full_weights<T>(s.weights, packed, columns, depth, widened) + s.input_size * columns;
+        product<T>({s.batch, columns, s.recurrent_size, h, static_cast<std::ptrdiff_t>(s.recurrent_size), 1, weights,
+                    stride, sums, stride});
+        packed += panel_bytes<T>(s.weights, width, depth);
+    });
 }
 
 template <class T>
 inline void variant_sweep(const VariantSweep<T>& s) {
     const std::size_t rows = s.steps * s.batch;
     const std::size_t units = s.hidden_size;
-    const std::size_t depth = 1 + s.input_size + s.recurrent_size;
     const std::ptrdiff_t recurrent_stride = static_cast<std::ptrdiff_t>(s.recurrent_size);
     T* recurrent = s.scratch;
     T* new_c = recurrent + gate_count * padded_size(units) * s.batch;
-    T* o = new_c + s.batch * units;
-    T* m = o + s.batch * units;
+    T* over = new_c + s.batch * units;
+    T* under = over + s.batch * units;
+    T* m = under + s.batch * units;
     T* masked_h = m + s.batch * units;
     T* projected = masked_h + s.batch * s.recurrent_size;
+    T* weights = projected + s.batch * s.recurrent_size;
     for (std::size_t step = 0; step < s.steps; ++step) {
         if (s.masks.reset && step >= s.masks.reset_first) clear_rows<T>(s, step);
         const T* h = s.h;
@@ -254,27 +318,18 @@ inline void variant_sweep(const VariantSweep<T>& s) {
             for (std::size_t at = 0; at < s.batch * s.recurrent_size; ++at) masked_h[at] = s.h[at] * s.masks.mask_h[at];
             h = masked_h;
         }
-        for_each_panel(units, [&](std::size_t, std::size_t width, std::size_t padded) {
-            const std::size_t columns = gate_count * width;
-            const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(columns);
-            T* sums = s.sums + gate_count * padded * rows + step * s.batch * columns;
-            if (s.options.norm_hh) {
-                sums = recurrent + gate_count * padded * s.batch;
-                for (std::size_t at = 0; at < s.batch * columns; ++at) sums[at] = T(0);
-            }
-            product<T>({s.batch, columns, s.recurrent_size, h, recurrent_stride, 1,
-                        s.packed + gate_count * padded * depth + (1 + s.input_size) * columns, stride, sums, stride});
-        });
+        add_recurrent<T>(s, step, h, recurrent, weights);
         if (s.options.norm_ih) normalise_gates<T>(s, step, recurrent);
         for_each_panel(units, [&](std::size_t unit, std::size_t width, std::size_t padded) {
             for (std::size_t row = 0; row < s.batch; ++row) {
                 const T* sums = s.sums + gate_count * (padded * rows + (step * s.batch + row) * width);
                 const auto panel = width == 16 ? gate_panel<T, 16> : width == 8 ? gate_panel<T, 8> : gate_panel<T, 4>;
-                panel(s, row, unit, sums, new_c + row * units, o + row * units);
+                panel(s, row, unit, sums, new_c + row * units, over + row * units, under + row * units);
             }
         });
         for (std::size_t row = 0; row < s.batch; ++row)
-            hidden_row<T>(s.options, units, new_c + row * units, o + row * units, m + row * units);
+            hidden_row<T>(s.options, units, new_c + row * units, over + row * units, under + row * units,
+                          m + row * units);
         const T* new_h = m;
         if (s.options.projection) {
             for (std::size_t at = 0; at < s.batch * s.recurrent_size; ++at) projected[at] = T(0);

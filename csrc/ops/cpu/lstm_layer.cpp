@@ -28,6 +28,7 @@ void forward(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& we
                             batch,
                             inputs,
                             units,
+                            core::WeightType::full,
                             memory.get(),
                             {data<T>(x), x.stride(0), x.stride(1), x.stride(2)},
                             data<T>(h),

@@ -86,6 +86,7 @@ void forward(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& we
          inputs,
          units,
          recurrent,
+         core::WeightType::full,
          weights,
          {data<T>(x), x.stride(0), x.stride(1), x.stride(2)},
          mutable_data<T>(h),
