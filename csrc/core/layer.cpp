@@ -85,15 +85,17 @@ std::size_t step_shares(const Parallel* parallel, std::size_t rows, std::size_t 
     return multiply_adds < worth_sharing || threads < 2 ? 1 : threads;
 }
 
+/// `step` is ready for all units; shared ones get memory of their own.
 template <class T>
-void run_step(const Step<T>& step, std::size_t shares, const Parallel* parallel, T* scratch) {
+void run_step(const Step<T>& step, std::size_t shares, const Parallel* parallel) {
+    if (shares == 1) return kernels<T>().step(step);
     const std::size_t memory = step_scratch(step.rows, step.input_size + step.recurrent_size);
     for_each(parallel, shares, [&](std::size_t share) {
+        const FlushDenormals flush;
         Step<T> part = step;
         part.first_unit = share_begin(step.hidden_size, shares, share, 16);
         part.last_unit = share_begin(step.hidden_size, shares, share + 1, 16);
-        part.scratch = scratch + share * memory;
-        const FlushDenormals flush;
+        part.scratch += share * memory;
         kernels<T>().step(part);
     });
 }
@@ -131,6 +133,8 @@ void layer_forward(const LayerForward<T>& layer, T* scratch) {
     s.recurrent_size = units;
     s.weights = layer.weights;
     s.packed = layer.packed;
+    s.last_unit = units;
+    s.scratch = step_memory;
     s.h = layer.h;
     s.h_stride = static_cast<std::ptrdiff_t>(units);
     s.h_next_stride = layer.y.row_stride;
@@ -161,8 +165,8 @@ void layer_forward(const LayerForward<T>& layer, T* scratch) {
             s.c_next = layer.cells ? layer.cells + at * state : layer.c;
             s.h_next = layer.y.data + static_cast<std::ptrdiff_t>(at) * layer.y.step_stride;
             s.gates = layer.gates ? layer.gates + at * gate_count * state : nullptr;
-            run_step(s, shares, layer.parallel, step_memory);
-            // The next step begins where this one ended: the weights that it read last may still lie in cache.
+            run_step(s, shares, layer.parallel);
+            // The next step begins where this one ended, with the weights that a cache too small for all still holds.
             s.backwards = !s.backwards;
             s.h = s.h_next;
             s.h_stride = s.h_next_stride;

@@ -20,6 +20,9 @@
 #endif
 #endif
 
+/// For functions that pass vectors: a call would send them through memory.
+#define CELLSTEP_INLINE inline __attribute__((always_inline))
+
 namespace cellstep {
 namespace core {
 namespace CELLSTEP_ISA {
@@ -38,6 +41,13 @@ constexpr int native_bytes = 16;
 constexpr int native_registers = 32;
 #else
 constexpr int native_registers = 16;
+#endif
+
+/// Whether fma() rounds once.
+#if !defined(CELLSTEP_STRICT) && (defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF))
+constexpr bool has_fma = true;
+#else
+constexpr bool has_fma = false;
 #endif
 
 template <class T, int Lanes>
@@ -78,6 +88,12 @@ inline To bit_cast(From from) {
     return to;
 }
 
+/// The larger of each pair of lanes; b where either is NaN.
+template <class V>
+inline V maximum(V a, V b) {
+    return a > b ? a : b;
+}
+
 /// a * b + c, rounded once where the instruction set has a fused multiply-add and twice where it has not.
 /// The files are compiled with -ffp-contract=off, so nothing else is ever fused: the sums are the same bits
 /// whatever the compiler's taste.
@@ -97,7 +113,24 @@ template <>
 inline Vector<double, 8> fma(Vector<double, 8> a, Vector<double, 8> b, Vector<double, 8> c) {
     return _mm512_fmadd_pd(a, b, c);
 }
+// gcc makes two instructions of a comparison and a choice.
+template <>
+inline Vector<float, 16> maximum(Vector<float, 16> a, Vector<float, 16> b) {
+    return _mm512_maskz_max_ps(0xffff, a, b);
+}
+template <>
+inline Vector<double, 8> maximum(Vector<double, 8> a, Vector<double, 8> b) {
+    return _mm512_maskz_max_pd(0xff, a, b);
+}
 #endif
+template <>
+inline Vector<float, 8> maximum(Vector<float, 8> a, Vector<float, 8> b) {
+    return _mm256_max_ps(a, b);
+}
+template <>
+inline Vector<float, 4> maximum(Vector<float, 4> a, Vector<float, 4> b) {
+    return _mm_max_ps(a, b);
+}
 template <>
 inline Vector<float, 8> fma(Vector<float, 8> a, Vector<float, 8> b, Vector<float, 8> c) {
     return _mm256_fmadd_ps(a, b, c);

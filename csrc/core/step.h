@@ -34,8 +34,9 @@ inline RowState<T> row_state(const Step<T>& s, std::size_t row) {
 
 /// Moves Lanes units from `unit` on. Gates come as fractions, so that i g and o tanh(c) take one division each.
 template <class T, int Lanes>
-inline void move_units(const RowState<T>& row, std::size_t unit, Fraction<Vector<T, Lanes>> i,
-                       Fraction<Vector<T, Lanes>> f, Fraction<Vector<T, Lanes>> g, Fraction<Vector<T, Lanes>> o) {
+CELLSTEP_INLINE void move_units(const RowState<T>& row, std::size_t unit, Fraction<Vector<T, Lanes>> i,
+                                Fraction<Vector<T, Lanes>> f, Fraction<Vector<T, Lanes>> g,
+                                Fraction<Vector<T, Lanes>> o) {
     using V = Vector<T, Lanes>;
     const std::size_t count = row.units - unit;
     const V keep = f.over / f.under;
@@ -54,7 +55,8 @@ inline void move_units(const RowState<T>& row, std::size_t unit, Fraction<Vector
 
 /// Activates a panel of Width units whose sums lie in registers, gates i, f, g, o one after the other.
 template <class T, int Width, int Vectors>
-inline void move_panel(const RowState<T>& row, std::size_t unit, const Vector<T, native_lanes<T>> (&sum)[Vectors]) {
+CELLSTEP_INLINE void move_panel(const RowState<T>& row, std::size_t unit,
+                                const Vector<T, native_lanes<T>> (&sum)[Vectors]) {
     constexpr int lanes = native_lanes<T>;
     if constexpr (lanes <= Width) {
         constexpr int parts = Width / lanes;
@@ -90,7 +92,7 @@ template <class T>
 struct Move {
     RowState<T> row;
     template <int Width, int Vectors>
-    void panel(std::size_t unit, const Vector<T, native_lanes<T>> (&sum)[Vectors]) const {
+    CELLSTEP_INLINE void panel(std::size_t unit, const Vector<T, native_lanes<T>> (&sum)[Vectors]) const {
         move_panel<T, Width, Vectors>(row, unit, sum);
     }
 };
@@ -100,7 +102,7 @@ template <class T>
 struct KeepSums {
     const Step<T>& step;
     template <int Width, int Vectors>
-    void panel(std::size_t unit, const Vector<T, native_lanes<T>> (&sum)[Vectors]) const {
+    CELLSTEP_INLINE void panel(std::size_t unit, const Vector<T, native_lanes<T>> (&sum)[Vectors]) const {
         T* target = step.sums + gate_count * (unit * step.sums_rows + step.sums_row * Width);
         for (int v = 0; v < Vectors; ++v) store(target + v * native_lanes<T>, sum[v]);
     }
@@ -113,13 +115,13 @@ struct RowSums {
     using V = Vector<T, native_lanes<T>>;
     V sum[Panels > 0 ? Panels : 1][vectors];
 
-    void begin(const T* first, std::size_t stride) {
+    CELLSTEP_INLINE void begin(const T* first, std::size_t stride) {
         for (int p = 0; p < Panels; ++p)
             for (int v = 0; v < vectors; ++v)
                 sum[p][v] = load<V>(first + static_cast<std::size_t>(p) * stride + v * native_lanes<T>);
     }
     template <class W>
-    void add(V value, const typename W::Stored* weights, std::size_t stride) {
+    CELLSTEP_INLINE void add(V value, const typename W::Stored* weights, std::size_t stride) {
         for (int p = 0; p < Panels; ++p)
             for (int v = 0; v < vectors; ++v)
                 sum[p][v] = fma(
@@ -198,7 +200,7 @@ inline void row_end(const Step<T>& s, std::size_t unit, const unsigned char* pac
 /// All panels of one row, in groups whose sums stay in registers.
 template <class T, class W, class Finish>
 inline void row_groups(const Step<T>& s, const Finish& finish) {
-    constexpr std::size_t most = panels_at_once<T> < 3 ? panels_at_once<T> : 3;
+    constexpr std::size_t most = panels_at_once<T> < 2 ? panels_at_once<T> : 2;
     const std::size_t full_bytes = panel_bytes<T>(W::type, 16, s.input_size + s.recurrent_size);
     const unsigned char* packed = static_cast<const unsigned char*>(s.packed);
     const std::size_t panels = full_panels(s.last_unit - s.first_unit);
@@ -210,9 +212,7 @@ inline void row_groups(const Step<T>& s, const Finish& finish) {
         const unsigned char* panel = packed + unit / 16 * full_bytes;
         if (last == 0) return row_end<T, W, 0>(s, unit, panel, rest, finish);
         if (last == 1) return row_end<T, W, 1>(s, unit, panel, rest, finish);
-        if constexpr (most >= 2)
-            if (last == 2) return row_end<T, W, 2>(s, unit, panel, rest, finish);
-        if constexpr (most >= 3) row_end<T, W, 3>(s, unit, panel, rest, finish);
+        if constexpr (most == 2) row_end<T, W, 2>(s, unit, panel, rest, finish);
     };
     if (s.backwards) end();
     for (std::size_t at = 0; at < groups; ++at) {

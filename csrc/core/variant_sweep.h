@@ -58,10 +58,9 @@ inline void softmax(std::size_t width, T* values) {
     using V = Vector<T, lanes>;
     T largest = values[0];
     for (std::size_t at = 1; at < width; ++at) largest = values[at] > largest ? values[at] : largest;
-    const V floor = broadcast<V>(ExpConstants<T>::underflow);
+    const V floor = broadcast<V>(ExpConstants<T>::vanishes);
     for (std::size_t at = 0; at < width; at += static_cast<std::size_t>(lanes)) {
-        V x = load_part<V>(values + at, width - at) - broadcast<V>(largest);
-        x = x < floor ? floor : x;
+        const V x = maximum(floor, load_part<V>(values + at, width - at) - broadcast<V>(largest));
         const SplitExp<V> split = split_exp<T, lanes>(x);
         store_part(values + at, fma(split.scale, split.expm1, split.scale), width - at);
     }
