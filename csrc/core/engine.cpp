@@ -2,21 +2,14 @@
 
 #include <cstring>
 
+#include "core/denormals.h"
+
 namespace cellstep {
 namespace core {
 
 namespace {
 
-/// Rows (steps times batch) of one chunk: enough to use the matrix product, few enough to stay in cache.
-constexpr std::size_t chunk_rows = 64;
-
 RecordKind kind_of(const ImageRecord& record) { return static_cast<RecordKind>(record.kind); }
-
-std::size_t chunk_steps(const Image& image, std::size_t steps, std::size_t batch) {
-    if (is_bidirectional(image)) return steps;
-    const std::size_t chunk = batch < chunk_rows ? chunk_rows / batch : 1;
-    return steps < chunk ? steps : chunk;
-}
 
 Activation activation_at(const ImageRecord& record, int place) {
     return static_cast<Activation>(record.activations >> (8 * place) & 255);
@@ -176,51 +169,50 @@ UnitCounts largest_layers(const Image& image) {
     return counts;
 }
 
-/// The buffers of a call, two for rows between records.
+/// Memory of one stage while it runs.
 template <class T>
-struct Buffers {
-    T* rows[2];
-    T* state;  ///< h and c of one layer and direction
-    T* cells;  ///< c of every step of one layer and direction that gives it
-    T* layer;  ///< what layer_forward and variant_forward want
-    int held;  ///< the buffer of rows that `current` lies in
-    const T* current;
-
-    T* other() { return rows[1 - held]; }
-    void turn() {
-        current = other();
-        held = 1 - held;
-    }
+struct Workspace {
+    T* rows[2];  ///< for rows before the first and behind the last LSTM layer
+    T* state;    ///< h and c of a layer and direction
+    T* cells;    ///< c of every step of a layer and direction that gives it
+    T* layer;    ///< what layer_forward and variant_forward want
 };
 
 /// One direction over one chunk: x (steps, batch, input_size) contiguous -> its columns of y (steps, batch, outputs).
 template <class T>
 void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<T>& run, std::size_t begin,
-                   std::size_t steps, const T* x, StateRows<T> h_rows, StateRows<T> c_rows, T* y, Buffers<T>& buffers) {
+                   std::size_t steps, const T* x, StateRows<T> h_rows, StateRows<T> c_rows, T* y,
+                   const Workspace<T>& workspace) {
     const Direction<T>& direction = layer.directions[place];
     const std::ptrdiff_t x_row = static_cast<std::ptrdiff_t>(layer.input_size);
     const std::ptrdiff_t y_row = static_cast<std::ptrdiff_t>(layer.output_size());
     const std::ptrdiff_t batch = static_cast<std::ptrdiff_t>(run.batch);
     std::ptrdiff_t x_step = x_row * batch;
     std::ptrdiff_t y_step = y_row * batch;
-    std::ptrdiff_t reset_step = run.reset_step_stride;
-    const unsigned char* reset = run.reset ? run.reset + static_cast<std::ptrdiff_t>(begin) * reset_step : nullptr;
+    LayerMasks<T> masks;
+    masks.reset = run.reset ? run.reset + static_cast<std::ptrdiff_t>(begin) * run.reset_step_stride : nullptr;
+    masks.reset_step_stride = run.reset_step_stride;
+    masks.reset_row_stride = run.reset_row_stride;
+    masks.reset_first = place;
+    masks.initial_h = direction.initial_h;
+    masks.initial_c = direction.initial_c;
     y += place * layer.recurrent_size;
     if (place == 1) {
         const std::ptrdiff_t last = static_cast<std::ptrdiff_t>(steps) - 1;
         x += last * x_step;
         y += last * y_step;
         // A flag parts its step from the one before, so on the way back it counts for that one.
-        if (reset) reset += (last + 1) * reset_step;
+        if (masks.reset) masks.reset += (last + 1) * masks.reset_step_stride;
         x_step = -x_step;
         y_step = -y_step;
-        reset_step = -reset_step;
+        masks.reset_step_stride = -masks.reset_step_stride;
     }
-    T* h = buffers.state;
+    T* h = workspace.state;
     T* c = h + run.batch * layer.recurrent_size;
+    T* cells = layer.cells ? workspace.cells : nullptr;
     copy_rows<T>(run.batch, layer.recurrent_size, h_rows.data, h_rows.stride, h, layer.recurrent_size);
     copy_rows<T>(run.batch, layer.hidden_size, c_rows.data, c_rows.stride, c, layer.hidden_size);
-    if (direction.plain && !reset && !layer.cells) {
+    if (direction.plain) {
         layer_forward<T>({steps,
                           run.batch,
                           layer.input_size,
@@ -232,18 +224,13 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
                           c,
                           {y, y_step, y_row},
                           nullptr,
-                          nullptr},
-                         buffers.layer);
+                          cells,
+                          masks,
+                          run.parallel},
+                         workspace.layer);
         copy_rows<T>(run.batch, layer.hidden_size, y + static_cast<std::ptrdiff_t>(steps - 1) * y_step,
                      static_cast<std::size_t>(y_row), h, layer.hidden_size);
     } else {
-        LayerMasks<T> masks;
-        masks.reset = reset;
-        masks.reset_step_stride = reset_step;
-        masks.reset_row_stride = run.reset_row_stride;
-        masks.reset_first = place;
-        masks.initial_h = direction.initial_h;
-        masks.initial_c = direction.initial_c;
         variant_forward<T>({steps,
                             run.batch,
                             layer.input_size,
@@ -255,16 +242,16 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
                             h,
                             c,
                             {y, y_step, y_row},
-                            layer.cells ? buffers.cells : nullptr,
+                            cells,
                             direction.options,
                             masks},
-                           buffers.layer);
+                           workspace.layer);
     }
-    if (layer.cells) {
+    if (cells) {
         T* to = y - place * layer.recurrent_size + layer.h_columns() + place * layer.hidden_size;
         for (std::size_t step = 0; step < steps; ++step, to += y_step)
-            copy_rows<T>(run.batch, layer.hidden_size, buffers.cells + step * run.batch * layer.hidden_size,
-                         layer.hidden_size, to, layer.output_size());
+            copy_rows<T>(run.batch, layer.hidden_size, cells + step * run.batch * layer.hidden_size, layer.hidden_size,
+                         to, layer.output_size());
     }
     copy_rows<T>(run.batch, layer.recurrent_size, h, layer.recurrent_size, h_rows.data, h_rows.stride);
     copy_rows<T>(run.batch, layer.hidden_size, c, layer.hidden_size, c_rows.data, c_rows.stride);
@@ -293,15 +280,22 @@ void scale_input(const Image& image, const ModelRun<T>& run, std::size_t begin, 
     }
 }
 
+/// The dense layers from `record` on, up to the first record of another kind: rows in, rows out.
 template <class T>
-void run_dense(const Image& image, const ImageRecord& record, std::size_t rows, Buffers<T>& buffers) {
-    const std::size_t inputs = record.sizes[0];
-    const std::size_t outputs = record.sizes[1];
-    T* target = buffers.other();
-    dense_forward<T>(rows, inputs, outputs, image.data<T>(record), buffers.current, static_cast<std::ptrdiff_t>(inputs),
-                     target, static_cast<std::ptrdiff_t>(outputs));
-    apply_activation<T>(activation_at(record, 0), rows, outputs, target);
-    buffers.turn();
+const T* run_dense(const Image& image, const ImageRecord* record, std::size_t rows, const T* x,
+                   const Workspace<T>& workspace) {
+    int held = x == workspace.rows[0] ? 0 : 1;
+    for (; record != image.end() && kind_of(*record) == RecordKind::dense; ++record) {
+        const std::size_t inputs = record->sizes[0];
+        const std::size_t outputs = record->sizes[1];
+        T* target = workspace.rows[1 - held];
+        dense_forward<T>(rows, inputs, outputs, image.data<T>(*record), x, static_cast<std::ptrdiff_t>(inputs), target,
+                         static_cast<std::ptrdiff_t>(outputs));
+        apply_activation<T>(activation_at(*record, 0), rows, outputs, target);
+        x = target;
+        held = 1 - held;
+    }
+    return x;
 }
 
 /// Writes the rows that the heads gave to y: scaled back, and with the skipped columns of x.
@@ -328,6 +322,222 @@ void write_answers(const Image& image, const ModelRun<T>& run, std::size_t first
     }
 }
 
+/// An LSTM layer with what lies before the first one and behind the last.
+template <class T>
+struct Stage {
+    const ImageRecord* record;
+    LstmLayer<T> layer;
+    StateRows<T> h[2];
+    StateRows<T> c[2];
+    bool first;
+    bool last;
+};
+
+/// How a call is cut up: the rows of the batch into shares, or the layers into a wavefront, or neither, in which case
+/// a layer may share its steps and the directions run side by side.
+struct Schedule {
+    std::size_t row_shares;
+    std::size_t chunk;  ///< steps that pass through all layers before the next ones begin
+    bool wavefront;     ///< a layer works on a chunk while the one behind it works on the chunk before
+};
+
+/// Rows (steps times batch) of a chunk: enough for the matrix product, few enough to stay in cache.
+constexpr std::size_t chunk_rows = 64;
+/// Multiply-adds that are worth waking another thread for, some 20 us of work.
+constexpr std::size_t worth_a_thread = 1u << 20;
+/// Weights of a layer that every thread can keep in a cache of its own.
+constexpr std::size_t cached_weights = 1u << 18;
+
+Schedule make_schedule(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
+    const std::size_t chunk = batch < chunk_rows ? chunk_rows / batch : 1;
+    Schedule schedule{1, is_bidirectional(image) || steps < chunk ? steps : chunk, false};
+    if (!parallel || parallel->threads < 2) return schedule;
+    std::size_t layers = 0;
+    std::size_t most = 0;   // multiply-adds of the largest layer in one step of one row
+    std::size_t least = 0;  // and of the smallest
+    for (const ImageRecord& record : image) {
+        if (kind_of(record) != RecordKind::lstm) continue;
+        const std::size_t inner = record.sizes[2] ? record.sizes[2] : record.sizes[1];
+        const std::size_t count = gate_count * record.sizes[1] * (record.sizes[0] + inner);
+        most = count > most ? count : most;
+        least = layers == 0 || count < least ? count : least;
+        ++layers;
+    }
+    if (batch >= 2 * parallel->threads && most <= cached_weights && most * batch * steps >= 2 * worth_a_thread) {
+        schedule.row_shares = parallel->threads;
+        return schedule;
+    }
+    if (is_bidirectional(image) || layers < 2 || most > cached_weights) return schedule;
+    // At least four chunks, each worth a thread: with fewer the layers would mostly wait for each other.
+    const std::size_t enough = worth_a_thread / (least * batch) + 1;
+    if (steps / 4 < enough) return schedule;
+    schedule.wavefront = true;
+    if (schedule.chunk < enough) schedule.chunk = enough;
+    if (schedule.chunk > steps / 4) schedule.chunk = steps / 4;
+    return schedule;
+}
+
+std::size_t lstm_count(const Image& image) {
+    std::size_t count = 0;
+    for (const ImageRecord& record : image) count += kind_of(record) == RecordKind::lstm;
+    return count;
+}
+
+/// Values of memory of one workspace, of the two for the directions of a layer, and of one buffer between layers.
+template <class T>
+struct Memory {
+    std::size_t rows;
+    std::size_t direction_state;
+    std::size_t direction_cells;
+    std::size_t direction_layer;
+
+    Memory(const Image& image, std::size_t chunk, std::size_t batch) {
+        const UnitCounts units = largest_layers(image);
+        rows = chunk * batch * widest_row(image);
+        direction_state = 2 * batch * units.all;
+        direction_cells = chunk * batch * units.with_cells;
+        direction_layer = 0;
+        for (const ImageRecord& record : image) {
+            if (kind_of(record) != RecordKind::lstm) continue;
+            const std::size_t plain = layer_scratch(chunk, batch, record.sizes[0], record.sizes[1]);
+            const std::size_t options = variant_scratch(chunk, batch, record.sizes[0], record.sizes[1]);
+            const std::size_t needed = plain > options ? plain : options;
+            direction_layer = needed > direction_layer ? needed : direction_layer;
+        }
+    }
+    std::size_t direction() const { return direction_state + direction_cells + direction_layer; }
+    std::size_t workspace(bool bidirectional) const { return 2 * rows + (bidirectional ? 2 : 1) * direction(); }
+    Workspace<T> place(T* memory, std::size_t of_direction) const {
+        T* own = memory + 2 * rows + of_direction * direction();
+        return {{memory, memory + rows}, own, own + direction_state, own + direction_state + direction_cells};
+    }
+};
+
+template <class T>
+Stage<T> make_stage(const Image& image, const ModelRun<T>& run, std::size_t index) {
+    StatePlaces places(image, run.state_batch);
+    Stage<T> stage{};
+    for (const ImageRecord& record : image) {
+        if (kind_of(record) != RecordKind::lstm) continue;
+        stage.record = &record;
+        stage.layer = lstm_layer<T>(image, record);
+        for (std::size_t place = 0; place < stage.layer.direction_count; ++place) {
+            stage.h[place] = places.h(run.h);
+            stage.c[place] = places.c(run.c);
+            places.next(stage.layer.recurrent_size, stage.layer.hidden_size);
+        }
+        if (index-- == 0) break;
+    }
+    const ImageRecord* next = stage.record + 1;
+    stage.last = next == image.end() || kind_of(*next) != RecordKind::lstm;
+    stage.first = stage.record == image.begin() || kind_of(stage.record[-1]) != RecordKind::lstm;
+    return stage;
+}
+
+/// What the heads see of one chunk: the rows that are answered, from y or from the last state.
+template <class T>
+const T* answered_rows(const Stage<T>& stage, const ModelRun<T>& run, std::size_t steps, const T* y, T* rows) {
+    const LstmLayer<T>& layer = stage.layer;
+    const std::size_t width = layer.output_size();
+    if (run.answers == Answers::every) return y;
+    if (run.answers == Answers::last) return y + (steps - 1) * run.batch * width;
+    for (std::size_t place = 0; place < layer.direction_count; ++place) {
+        copy_rows<T>(run.batch, layer.recurrent_size, stage.h[place].data, stage.h[place].stride,
+                     rows + place * layer.recurrent_size, width);
+        if (layer.cells)
+            copy_rows<T>(run.batch, layer.hidden_size, stage.c[place].data, stage.c[place].stride,
+                         rows + layer.h_columns() + place * layer.hidden_size, width);
+    }
+    return rows;
+}
+
+/// One stage over the steps from `begin` on: x, what the stage before it gave, to y.
+template <class T>
+void run_stage(const Image& image, const ModelRun<T>& run, const Stage<T>& stage, std::size_t begin, std::size_t steps,
+               const T* x, T* y, const Memory<T>& memory, T* work) {
+    const LstmLayer<T>& layer = stage.layer;
+    const Workspace<T> workspace = memory.place(work, 0);
+    if (stage.first) {
+        scale_input<T>(image, run, begin, steps, workspace.rows[0]);
+        const ImageRecord* encoder = stage.record;
+        while (encoder != image.begin() && kind_of(encoder[-1]) == RecordKind::dense) --encoder;
+        x = run_dense<T>(image, encoder, steps * run.batch, workspace.rows[0], workspace);
+    }
+    // Each direction on a thread of its own shares no step of it.
+    ModelRun<T> alone = run;
+    const bool side_by_side =
+        layer.direction_count == 2 && run.parallel &&
+        gate_count * layer.hidden_size * (layer.input_size + layer.recurrent_size) * steps * run.batch >=
+            worth_a_thread;
+    if (side_by_side) alone.parallel = nullptr;
+    for_each(side_by_side ? run.parallel : nullptr, layer.direction_count, [&](std::size_t place) {
+        const FlushDenormals flush;
+        run_direction<T>(layer, place, alone, begin, steps, x, stage.h[place], stage.c[place], y,
+                         memory.place(work, place));
+    });
+    if (layer.residual) add_rows<T>(steps * run.batch, layer, x, y);
+    const bool every = run.answers == Answers::every;
+    if (!stage.last || (!every && begin + steps < run.steps)) return;
+    const std::size_t answered = every ? steps : 1;
+    const T* rows = answered_rows<T>(stage, run, steps, y, workspace.rows[0]);
+    rows = run_dense<T>(image, stage.record + 1, answered * run.batch, rows, workspace);
+    write_answers<T>(image, run, every ? begin : run.steps - 1, answered, rows,
+                     run.y.data + (every ? static_cast<std::ptrdiff_t>(begin) * run.y.step_stride : 0));
+}
+
+/// One share of the rows, chunk by chunk.
+template <class T>
+void run_rows(const Image& image, const ModelRun<T>& run, const Schedule& schedule, T* scratch) {
+    const FlushDenormals flush;
+    const std::size_t layers = lstm_count(image);
+    const Memory<T> memory(image, schedule.chunk, run.batch);
+    const std::size_t work = memory.workspace(is_bidirectional(image));
+    const std::size_t chunks = (run.steps + schedule.chunk - 1) / schedule.chunk;
+    const auto visit = [&](std::size_t layer, std::size_t chunk, const T* x, T* y, T* space, const ModelRun<T>& as) {
+        const std::size_t begin = chunk * schedule.chunk;
+        const std::size_t left = run.steps - begin;
+        run_stage<T>(image, as, make_stage<T>(image, as, layer), begin, left < schedule.chunk ? left : schedule.chunk,
+                     x, y, memory, space);
+    };
+    if (!schedule.wavefront) {
+        T* const between = scratch + work;
+        for (std::size_t chunk = 0; chunk < chunks; ++chunk)
+            for (std::size_t layer = 0; layer < layers; ++layer)
+                visit(layer, chunk, between + (layer + 1) % 2 * memory.rows, between + layer % 2 * memory.rows, scratch,
+                      run);
+        return;
+    }
+    // At each turn layer l works on the chunk that layer l - 1 worked on at the turn before; each has two buffers for
+    // what it gives, one of which the layer behind it is reading.
+    ModelRun<T> alone = run;
+    alone.parallel = nullptr;
+    T* const between = scratch + layers * work;
+    const auto buffer = [&](std::size_t layer, std::size_t chunk) {
+        return between + (2 * layer + chunk % 2) * memory.rows;
+    };
+    for (std::size_t turn = 0; turn < chunks + layers - 1; ++turn) {
+        const std::size_t first = turn < chunks ? 0 : turn - chunks + 1;
+        const std::size_t last = turn < layers ? turn : layers - 1;
+        for_each(run.parallel, last - first + 1, [&](std::size_t at) {
+            const FlushDenormals flush_here;
+            const std::size_t layer = first + at;
+            const std::size_t chunk = turn - layer;
+            visit(layer, chunk, layer > 0 ? buffer(layer - 1, chunk) : nullptr, buffer(layer, chunk),
+                  scratch + layer * work, alone);
+        });
+    }
+}
+
+/// Values of scratch memory of one share of the rows.
+template <class T>
+std::size_t rows_scratch(const Image& image, const Schedule& schedule, std::size_t batch) {
+    const Memory<T> memory(image, schedule.chunk, batch);
+    const std::size_t layers = schedule.wavefront ? lstm_count(image) : 1;
+    return layers * (memory.workspace(is_bidirectional(image)) + 2 * memory.rows);
+}
+
+std::size_t rows_of_share(std::size_t batch, std::size_t shares) { return (batch + shares - 1) / shares; }
+
 }  // namespace
 
 bool is_bidirectional(const Image& image) {
@@ -337,18 +547,10 @@ bool is_bidirectional(const Image& image) {
 }
 
 template <class T>
-std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t batch) {
+std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
     if (steps == 0 || batch == 0) return 0;
-    const std::size_t chunk = chunk_steps(image, steps, batch);
-    std::size_t layer = 0;
-    for (const ImageRecord& record : image) {
-        if (kind_of(record) != RecordKind::lstm) continue;
-        const std::size_t needed = variant_scratch(chunk, batch, record.sizes[0], record.sizes[1]) +
-                                   layer_scratch(chunk, batch, record.sizes[0], record.sizes[1]);
-        layer = needed > layer ? needed : layer;
-    }
-    const UnitCounts units = largest_layers(image);
-    return layer + chunk * batch * units.with_cells + 2 * batch * units.all + 2 * chunk * batch * widest_row(image);
+    const Schedule schedule = make_schedule(image, steps, batch, parallel);
+    return schedule.row_shares * rows_scratch<T>(image, schedule, rows_of_share(batch, schedule.row_shares));
 }
 
 template <class T>
@@ -372,77 +574,28 @@ void initial_state(const Image& image, std::size_t batch, T* h, T* c) {
 template <class T>
 void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
     if (run.steps == 0 || run.batch == 0) return;
-    const std::size_t chunk = chunk_steps(image, run.steps, run.batch);
-    const std::size_t widest = widest_row(image);
-    Buffers<T> buffers{};
-    buffers.rows[0] = scratch;
-    buffers.rows[1] = scratch + chunk * run.batch * widest;
-    buffers.state = scratch + 2 * chunk * run.batch * widest;
-    const UnitCounts units = largest_layers(image);
-    buffers.cells = buffers.state + 2 * run.batch * units.all;
-    buffers.layer = buffers.cells + chunk * run.batch * units.with_cells;
-
-    for (std::size_t begin = 0; begin < run.steps; begin += chunk) {
-        const std::size_t steps = run.steps - begin < chunk ? run.steps - begin : chunk;
-        const bool ends = begin + steps == run.steps;
-        const bool answers = run.answers == Answers::every || ends;
-        const std::size_t answered = run.answers == Answers::every ? steps : 1;
-        buffers.held = 1;
-        scale_input<T>(image, run, begin, steps, buffers.other());
-        buffers.turn();
-
-        StatePlaces places(image, run.batch);
-        StateRows<T> last_h[2] = {};
-        StateRows<T> last_c[2] = {};
-        LstmLayer<T> layer{};    // the last one so far
-        bool recurring = false;  // past the first LSTM layer
-        bool picked = false;     // past the last one: buffers.current holds the answered rows alone
-        const auto pick = [&] {
-            if (picked) return;
-            picked = true;
-            const std::size_t width = layer.output_size();
-            if (run.answers == Answers::last) buffers.current += (steps - 1) * run.batch * width;
-            if (run.answers != Answers::hidden) return;
-            for (std::size_t place = 0; place < layer.direction_count; ++place) {
-                T* to = buffers.other();
-                copy_rows<T>(run.batch, layer.recurrent_size, last_h[place].data, last_h[place].stride,
-                             to + place * layer.recurrent_size, width);
-                if (layer.cells)
-                    copy_rows<T>(run.batch, layer.hidden_size, last_c[place].data, last_c[place].stride,
-                                 to + layer.h_columns() + place * layer.hidden_size, width);
-            }
-            buffers.turn();
-        };
-        for (const ImageRecord& record : image) {
-            if (kind_of(record) == RecordKind::dense) {
-                if (recurring && !answers) break;
-                if (recurring) pick();
-                run_dense<T>(image, record, recurring ? answered * run.batch : steps * run.batch, buffers);
-            } else if (kind_of(record) == RecordKind::lstm) {
-                recurring = true;
-                layer = lstm_layer<T>(image, record);
-                T* y = buffers.other();
-                for (std::size_t place = 0; place < layer.direction_count; ++place) {
-                    last_h[place] = places.h(run.h);
-                    last_c[place] = places.c(run.c);
-                    run_direction<T>(layer, place, run, begin, steps, buffers.current, last_h[place], last_c[place], y,
-                                     buffers);
-                    places.next(layer.recurrent_size, layer.hidden_size);
-                }
-                if (layer.residual) add_rows<T>(steps * run.batch, layer, buffers.current, y);
-                buffers.turn();
-            }
-        }
-        if (!answers) continue;
-        pick();
-        const bool every = run.answers == Answers::every;
-        write_answers<T>(image, run, every ? begin : run.steps - 1, answered, buffers.current,
-                         run.y.data + (every ? static_cast<std::ptrdiff_t>(begin) * run.y.step_stride : 0));
-    }
+    const Schedule schedule = make_schedule(image, run.steps, run.batch, run.parallel);
+    if (schedule.row_shares == 1) return run_rows<T>(image, run, schedule, scratch);
+    const std::size_t rows = rows_of_share(run.batch, schedule.row_shares);
+    const std::size_t memory = rows_scratch<T>(image, schedule, rows);
+    for_each(run.parallel, schedule.row_shares, [&](std::size_t share) {
+        const std::size_t first = share * rows;
+        if (first >= run.batch) return;
+        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(first);
+        ModelRun<T> part = run;
+        part.batch = run.batch - first < rows ? run.batch - first : rows;
+        part.x.data += at * run.x.row_stride;
+        part.y.data += at * run.y.row_stride;
+        part.h += first * image.header().h_size;
+        part.c += first * image.header().c_size;
+        if (part.reset) part.reset += at * run.reset_row_stride;
+        part.parallel = nullptr;
+        run_rows<T>(image, part, schedule, scratch + share * memory);
+    });
 }
 
-template std::size_t model_scratch<float>(const Image&, std::size_t, std::size_t);
-template std::size_t model_scratch<double>(const Image&, std::size_t, std::size_t);
+template std::size_t model_scratch<float>(const Image&, std::size_t, std::size_t, const Parallel*);
+template std::size_t model_scratch<double>(const Image&, std::size_t, std::size_t, const Parallel*);
 template void initial_state<float>(const Image&, std::size_t, float*, float*);
 template void initial_state<double>(const Image&, std::size_t, double*, double*);
 template void run_model<float>(const Image&, const ModelRun<float>&, float*);

@@ -85,6 +85,37 @@ std::size_t step_shares(const Parallel* parallel, std::size_t rows, std::size_t 
     return multiply_adds < worth_sharing || threads < 2 ? 1 : threads;
 }
 
+/// Whether a row begins anew before the step.
+template <class T>
+bool is_reset(const LayerMasks<T>& masks, std::size_t step, std::size_t batch) {
+    if (!masks.reset || step < masks.reset_first) return false;
+    const unsigned char* flags = masks.reset + static_cast<std::ptrdiff_t>(step) * masks.reset_step_stride;
+    for (std::size_t row = 0; row < batch; ++row)
+        if (flags[static_cast<std::ptrdiff_t>(row) * masks.reset_row_stride]) return true;
+    return false;
+}
+
+/// Lets a step begin from a copy of its state in which the flagged rows are initial; `memory`: twice the state.
+template <class T>
+void clear(const LayerMasks<T>& masks, std::size_t step, std::size_t batch, T* memory, Step<T>* s) {
+    const unsigned char* flags = masks.reset + static_cast<std::ptrdiff_t>(step) * masks.reset_step_stride;
+    const std::size_t units = s->hidden_size;
+    T* const h = memory;
+    T* const c = memory + batch * units;
+    for (std::size_t row = 0; row < batch; ++row) {
+        const bool reset = flags[static_cast<std::ptrdiff_t>(row) * masks.reset_row_stride];
+        const T* old_h = reset ? masks.initial_h : s->h + static_cast<std::ptrdiff_t>(row) * s->h_stride;
+        const T* old_c = reset ? masks.initial_c : s->c + row * units;
+        for (std::size_t at = 0; at < units; ++at) {
+            h[row * units + at] = old_h ? old_h[at] : T(0);
+            c[row * units + at] = old_c ? old_c[at] : T(0);
+        }
+    }
+    s->h = h;
+    s->h_stride = static_cast<std::ptrdiff_t>(units);
+    s->c = c;
+}
+
 /// `step` is ready for all units; shared ones get memory of their own.
 template <class T>
 void run_step(const Step<T>& step, std::size_t shares, const Parallel* parallel) {
@@ -104,7 +135,7 @@ void run_step(const Step<T>& step, std::size_t shares, const Parallel* parallel)
 
 std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size) {
     const std::size_t rows = chunk_steps(steps, batch) * batch;
-    return rows * (gate_count * padded_size(hidden_size) + input_size) +
+    return rows * (gate_count * padded_size(hidden_size) + input_size) + 2 * batch * hidden_size +
            max_step_shares * step_scratch(rows, input_size + hidden_size);
 }
 
@@ -123,7 +154,8 @@ void layer_forward(const LayerForward<T>& layer, T* scratch) {
     const std::size_t chunk = chunk_steps(layer.steps, layer.batch);
     T* const sums = scratch;
     T* const x_rows = sums + chunk * layer.batch * gate_count * padded_size(units);
-    T* const step_memory = x_rows + chunk * layer.batch * layer.input_size;
+    T* const cleared = x_rows + chunk * layer.batch * layer.input_size;
+    T* const step_memory = cleared + 2 * layer.batch * units;
     const std::size_t state = layer.batch * units;
     const std::size_t shares = step_shares(layer.parallel, layer.batch, units, depth);
     Step<T> s{};
@@ -165,6 +197,7 @@ void layer_forward(const LayerForward<T>& layer, T* scratch) {
             s.c_next = layer.cells ? layer.cells + at * state : layer.c;
             s.h_next = layer.y.data + static_cast<std::ptrdiff_t>(at) * layer.y.step_stride;
             s.gates = layer.gates ? layer.gates + at * gate_count * state : nullptr;
+            if (is_reset(layer.masks, at, layer.batch)) clear(layer.masks, at, layer.batch, cleared, &s);
             run_step(s, shares, layer.parallel);
             // The next step begins where this one ended, with the weights that a cache too small for all still holds.
             s.backwards = !s.backwards;

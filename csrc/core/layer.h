@@ -47,6 +47,7 @@ struct LayerForward {
     SequenceTarget<T> y;  ///< (steps, batch, hidden_size)
     T* gates;             ///< null, or (steps, batch, 4 hidden_size): activated i, f, g, o for backward
     T* cells;             ///< null, or (steps, batch, hidden_size): c of every step
+    LayerMasks<T> masks;  ///< of which a plain layer reads the flags to reset and the initial state
     const Parallel* parallel = nullptr;
 };
 

@@ -66,7 +66,7 @@ cellstep_status adopt(const void* data, std::size_t size, void* owned, cellstep_
 /// A bidirectional model needs the whole sequence at once, and so scratch memory for all of it.
 bool reserve(cellstep_session* session, std::size_t steps) {
     if (steps <= session->scratch_steps || !cellstep::core::is_bidirectional(session->model->image)) return true;
-    const std::size_t count = cellstep::core::model_scratch<float>(session->model->image, steps, 1);
+    const std::size_t count = cellstep::core::model_scratch<float>(session->model->image, steps, 1, nullptr);
     float* larger = static_cast<float*>(std::malloc(count * sizeof(float)));
     if (!larger) return false;
     std::free(session->scratch);
@@ -85,7 +85,7 @@ cellstep_status run(cellstep_session* session, const float* x, const unsigned ch
         const std::size_t part = steps < session->scratch_steps ? steps : session->scratch_steps;
         cellstep::core::run_model<float>(
             session->model->image,
-            {part, 1, {x, inputs, 0, 1}, session->h, session->c, {y, outputs, 0}, answers, reset, 1, 0},
+            {part, 1, {x, inputs, 0, 1}, 1, session->h, session->c, {y, outputs, 0}, answers, reset, 1, 0, nullptr},
             session->scratch);
         x += static_cast<std::ptrdiff_t>(part) * inputs;
         if (reset) reset += part;
@@ -236,7 +236,7 @@ cellstep_status cellstep_model_selftest(const cellstep_model* model, float* erro
 cellstep_status cellstep_session_create(const cellstep_model* model, cellstep_session** session) {
     if (!model || !session) return CELLSTEP_ERROR_ARGUMENT;
     *session = nullptr;
-    const std::size_t scratch = cellstep::core::model_scratch<float>(model->image, steps_per_call, 1);
+    const std::size_t scratch = cellstep::core::model_scratch<float>(model->image, steps_per_call, 1, nullptr);
     cellstep_session* created = static_cast<cellstep_session*>(std::malloc(sizeof(cellstep_session)));
     float* state = static_cast<float*>(std::malloc((h_count(model) + c_count(model)) * sizeof(float)));
     float* memory = static_cast<float*>(std::malloc(scratch * sizeof(float)));

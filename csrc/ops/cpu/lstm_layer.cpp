@@ -35,7 +35,9 @@ void forward(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& we
                             mutable_data<T>(c),
                             {mutable_data<T>(y), step, row},
                             save ? mutable_data<T>(gates) : nullptr,
-                            save ? mutable_data<T>(cells) : nullptr},
+                            save ? mutable_data<T>(cells) : nullptr,
+                            {},
+                            nullptr},
                            memory.get() + packed);
     if (batch > 0)
         std::memcpy(mutable_data<T>(h_n), data<T>(y) + (steps - 1) * batch * units, batch * units * sizeof(T));

@@ -24,19 +24,21 @@ void run(const core::Image& image, const Tensor& x, const Tensor& h, const Tenso
     const auto call = [&](const Rows& rows, T* state_h, T* state_c) {
         const std::size_t count = static_cast<std::size_t>(rows.count);
         const std::size_t length = static_cast<std::size_t>(rows.steps);
-        const auto memory = scratch<T>(core::model_scratch<T>(image, length, count));
+        const auto memory = scratch<T>(core::model_scratch<T>(image, length, count, nullptr));
         core::run_model<T>(
             image,
             {length,
              count,
              {data<T>(x) + rows.first * x.stride(0), x.stride(1), x.stride(0), x.stride(2)},
+             count,
              state_h,
              state_c,
              {mutable_data<T>(y) + rows.first * y.stride(0), y.dim() == 3 ? y.stride(1) : 0, y.stride(0)},
              answers,
              reset ? data<unsigned char>(*reset) + rows.first * reset->stride(0) : nullptr,
              reset ? reset->stride(1) : 0,
-             reset ? reset->stride(0) : 0},
+             reset ? reset->stride(0) : 0,
+             nullptr},
             memory.get());
     };
     T* all_h = mutable_data<T>(h);
