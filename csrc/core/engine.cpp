@@ -339,6 +339,9 @@ struct Schedule {
     std::size_t row_shares;
     std::size_t chunk;  ///< steps that pass through all layers before the next ones begin
     bool wavefront;     ///< a layer works on a chunk while the one behind it works on the chunk before
+
+    /// Whether each layer runs on one thread.
+    bool alone() const { return row_shares > 1 || wavefront; }
 };
 
 /// Rows (steps times batch) of a chunk: enough for the matrix product, few enough to stay in cache.
@@ -391,7 +394,7 @@ struct Memory {
     std::size_t direction_cells;
     std::size_t direction_layer;
 
-    Memory(const Image& image, std::size_t chunk, std::size_t batch) {
+    Memory(const Image& image, std::size_t chunk, std::size_t batch, const Parallel* parallel) {
         const UnitCounts units = largest_layers(image);
         rows = chunk * batch * widest_row(image);
         direction_state = 2 * batch * units.all;
@@ -399,7 +402,7 @@ struct Memory {
         direction_layer = 0;
         for (const ImageRecord& record : image) {
             if (kind_of(record) != RecordKind::lstm) continue;
-            const std::size_t plain = layer_scratch(chunk, batch, record.sizes[0], record.sizes[1]);
+            const std::size_t plain = layer_scratch(chunk, batch, record.sizes[0], record.sizes[1], parallel);
             const std::size_t options = variant_scratch(chunk, batch, record.sizes[0], record.sizes[1]);
             const std::size_t needed = plain > options ? plain : options;
             direction_layer = needed > direction_layer ? needed : direction_layer;
@@ -490,7 +493,7 @@ template <class T>
 void run_rows(const Image& image, const ModelRun<T>& run, const Schedule& schedule, T* scratch) {
     const FlushDenormals flush;
     const std::size_t layers = lstm_count(image);
-    const Memory<T> memory(image, schedule.chunk, run.batch);
+    const Memory<T> memory(image, schedule.chunk, run.batch, schedule.alone() ? nullptr : run.parallel);
     const std::size_t work = memory.workspace(is_bidirectional(image));
     const std::size_t chunks = (run.steps + schedule.chunk - 1) / schedule.chunk;
     const auto visit = [&](std::size_t layer, std::size_t chunk, const T* x, T* y, T* space, const ModelRun<T>& as) {
@@ -530,8 +533,8 @@ void run_rows(const Image& image, const ModelRun<T>& run, const Schedule& schedu
 
 /// Values of scratch memory of one share of the rows.
 template <class T>
-std::size_t rows_scratch(const Image& image, const Schedule& schedule, std::size_t batch) {
-    const Memory<T> memory(image, schedule.chunk, batch);
+std::size_t rows_scratch(const Image& image, const Schedule& schedule, std::size_t batch, const Parallel* parallel) {
+    const Memory<T> memory(image, schedule.chunk, batch, schedule.alone() ? nullptr : parallel);
     const std::size_t layers = schedule.wavefront ? lstm_count(image) : 1;
     return layers * (memory.workspace(is_bidirectional(image)) + 2 * memory.rows);
 }
@@ -550,7 +553,7 @@ template <class T>
 std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
     if (steps == 0 || batch == 0) return 0;
     const Schedule schedule = make_schedule(image, steps, batch, parallel);
-    return schedule.row_shares * rows_scratch<T>(image, schedule, rows_of_share(batch, schedule.row_shares));
+    return schedule.row_shares * rows_scratch<T>(image, schedule, rows_of_share(batch, schedule.row_shares), parallel);
 }
 
 template <class T>
@@ -577,7 +580,7 @@ void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
     const Schedule schedule = make_schedule(image, run.steps, run.batch, run.parallel);
     if (schedule.row_shares == 1) return run_rows<T>(image, run, schedule, scratch);
     const std::size_t rows = rows_of_share(run.batch, schedule.row_shares);
-    const std::size_t memory = rows_scratch<T>(image, schedule, rows);
+    const std::size_t memory = rows_scratch<T>(image, schedule, rows, run.parallel);
     for_each(run.parallel, schedule.row_shares, [&](std::size_t share) {
         const std::size_t first = share * rows;
         if (first >= run.batch) return;

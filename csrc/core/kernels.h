@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "core/pack.h"
 
@@ -135,6 +136,8 @@ struct Kernels {
     void (*variant_sweep)(const VariantSweep<T>&);
     /// Applies an activation to `rows` contiguous rows of `width` values in place.
     void (*activate)(Activation activation, std::size_t rows, std::size_t width, T* values);
+    /// A number that changes when the bytes do; not the same on every instruction set.
+    std::uint64_t (*digest)(const void* data, std::size_t size, std::uint64_t seed);
 };
 
 /// The kernels of the best instruction set that this machine has, chosen at the first call. The environment

@@ -78,8 +78,7 @@ std::size_t step_scratch(std::size_t rows, std::size_t depth) { return 64 * (row
 std::size_t step_shares(const Parallel* parallel, std::size_t rows, std::size_t hidden_size, std::size_t depth) {
     if (!parallel) return 1;
     const std::size_t panels = full_panels(hidden_size);
-    std::size_t threads = parallel->threads < panels ? parallel->threads : panels;
-    if (threads > max_step_shares) threads = max_step_shares;
+    const std::size_t threads = parallel->threads < panels ? parallel->threads : panels;
     const std::size_t multiply_adds = 4 * hidden_size * depth * (rows < 2 ? 2 : rows);
     constexpr std::size_t worth_sharing = 1u << 20;
     return multiply_adds < worth_sharing || threads < 2 ? 1 : threads;
@@ -133,10 +132,12 @@ void run_step(const Step<T>& step, std::size_t shares, const Parallel* parallel)
 
 }  // namespace
 
-std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size) {
+std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size,
+                          const Parallel* parallel) {
     const std::size_t rows = chunk_steps(steps, batch) * batch;
     return rows * (gate_count * padded_size(hidden_size) + input_size) + 2 * batch * hidden_size +
-           max_step_shares * step_scratch(rows, input_size + hidden_size);
+           step_shares(parallel, batch, hidden_size, input_size + hidden_size) *
+               step_scratch(rows, input_size + hidden_size);
 }
 
 std::size_t variant_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size) {

@@ -51,11 +51,9 @@ struct LayerForward {
     const Parallel* parallel = nullptr;
 };
 
-/// Most threads that share a step.
-constexpr std::size_t max_step_shares = 8;
-
 /// Values of scratch memory that layer_forward needs for a call of this size; does not grow with long sequences.
-std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size);
+std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size,
+                          const Parallel* parallel = nullptr);
 
 /// Runs a layer. A few rows have the input projection of a chunk of steps as one matrix product before the recurrence,
 /// so that its weights are read once for the chunk; with more rows a step reads them once for all. Every gate sum is

@@ -26,7 +26,9 @@ STABLE_TORCH_LIBRARY(cellstep, library) {
     library.def("dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
     library.def("activate(Tensor x, int activation) -> Tensor");
     library.def(
-        "run_model(Tensor image, Tensor x, Tensor h, Tensor c, int output_size, int answers, Tensor? lengths, "
+        "lstm_stack(Tensor image, Tensor x, Tensor? h, Tensor? c, bool batch_first) -> (Tensor, Tensor, Tensor)");
+    library.def(
+        "run_model(Tensor image, Tensor x, Tensor? h, Tensor? c, int output_size, int answers, Tensor? lengths, "
         "Tensor? reset) -> (Tensor, Tensor, Tensor)");
 }
 
@@ -38,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(cellstep, CPU, library) {
     library.impl("lstm_variant", TORCH_BOX(&cellstep::ops::lstm_variant));
     library.impl("activate", TORCH_BOX(&cellstep::ops::activate));
     library.impl("dense", TORCH_BOX(&cellstep::ops::dense));
+    library.impl("lstm_stack", TORCH_BOX(&cellstep::ops::lstm_stack));
     library.impl("run_model", TORCH_BOX(&cellstep::ops::run_model));
 }
 

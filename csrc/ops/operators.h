@@ -50,12 +50,17 @@ Tensor dense(Tensor x, Tensor weight, std::optional<Tensor> bias);
 /// An activation by its number in core/kernels.h on every value of x; softmax over the last axis.
 Tensor activate(Tensor x, std::int64_t activation);
 
-/// image: the bytes of a deploy file (core/image.h); x (N, T, I), h (S, N, h_size) and c (S, N, c_size) -> y (N, T, O),
+/// image: the bytes of a deploy file (core/image.h); x (N, T, I), or (T, N, I) unless batch_first -> y likewise, the
+/// output of every step, and the state after the last; without h and c from the model's initial state.
+std::tuple<Tensor, Tensor, Tensor> lstm_stack(Tensor image, Tensor x, std::optional<Tensor> h, std::optional<Tensor> c,
+                                              bool batch_first);
+
+/// image: as above; x (N, T, I), h (S, N, h_size) and c (S, N, c_size), or the initial state -> y (N, T, O),
 /// or (N, O) unless every step is answered, and the state after the last step. `answers` as core/image.h numbers them.
 /// lengths (N) int64: the steps of each row; reset (N, T) bool: rows to put to the initial state before the step.
-std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, Tensor h, Tensor c, std::int64_t output_size,
-                                             std::int64_t answers, std::optional<Tensor> lengths,
-                                             std::optional<Tensor> reset);
+std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, std::optional<Tensor> h, std::optional<Tensor> c,
+                                             std::int64_t output_size, std::int64_t answers,
+                                             std::optional<Tensor> lengths, std::optional<Tensor> reset);
 
 }  // namespace ops
 }  // namespace cellstep

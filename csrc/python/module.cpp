@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cellstep/runtime.h"
+#include "core/kernels.h"
 #include "core/layer.h"
 #include "core/pack.h"
 
@@ -221,9 +222,19 @@ void bind_packing(py::module_& module) {
 
 }  // namespace
 
+/// One digest of many places: address and bytes of each, one after the other.
+std::uint64_t digest(const std::vector<std::uintptr_t>& places) {
+    std::uint64_t result = places.size();
+    for (std::size_t at = 0; at + 1 < places.size(); at += 2)
+        result =
+            cellstep::core::kernels<float>().digest(reinterpret_cast<const void*>(places[at]), places[at + 1], result);
+    return result;
+}
+
 PYBIND11_MODULE(_runtime, module) {
     module.doc() = "The torch-free runtime; see cellstep.runtime.";
     py::register_exception<ModelError>(module, "ModelError", PyExc_ValueError);
+    module.def("digest", &digest);
     module.def("instruction_set", &cellstep_instruction_set);
 
     py::class_<Model, std::shared_ptr<Model>>(module, "Model")

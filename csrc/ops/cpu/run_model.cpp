@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ops/operators.h"
+#include "ops/threads.h"
 
 namespace cellstep {
 namespace ops {
@@ -21,10 +22,11 @@ void run(const core::Image& image, const Tensor& x, const Tensor& h, const Tenso
          core::Answers answers, const std::optional<Tensor>& lengths, const std::optional<Tensor>& reset) {
     const std::int64_t batch = x.size(0);
     const std::int64_t steps = x.size(1);
+    const Threads threads;
     const auto call = [&](const Rows& rows, T* state_h, T* state_c) {
         const std::size_t count = static_cast<std::size_t>(rows.count);
         const std::size_t length = static_cast<std::size_t>(rows.steps);
-        const auto memory = scratch<T>(core::model_scratch<T>(image, length, count, nullptr));
+        const auto memory = scratch<T>(core::model_scratch<T>(image, length, count, threads.get()));
         core::run_model<T>(
             image,
             {length,
@@ -38,7 +40,7 @@ void run(const core::Image& image, const Tensor& x, const Tensor& h, const Tenso
              reset ? data<unsigned char>(*reset) + rows.first * reset->stride(0) : nullptr,
              reset ? reset->stride(1) : 0,
              reset ? reset->stride(0) : 0,
-             nullptr},
+             threads.get()},
             memory.get());
     };
     T* all_h = mutable_data<T>(h);
@@ -69,11 +71,10 @@ void run(const core::Image& image, const Tensor& x, const Tensor& h, const Tenso
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, Tensor h, Tensor c, std::int64_t output_size,
-                                             std::int64_t answers, std::optional<Tensor> lengths,
-                                             std::optional<Tensor> reset) {
-    const char* op = "run_model";
-    check_input(op, "x", x, 3);
+namespace {
+
+/// The image in a tensor, checked against the dtype of x.
+core::Image opened(const char* op, const Tensor& image, const Tensor& x) {
     if (!image.is_cpu() || image.scalar_type() != ScalarType::Byte || image.dim() != 1 || !image.is_contiguous())
         fail(op, ": expected image as the uint8 bytes of a deploy file on the CPU, got ", dtype_text(image),
              " of shape ", shape_text(image));
@@ -81,10 +82,62 @@ std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, Tensor h, T
     // The checksum was checked when the image was made; here only that no access leaves the tensor.
     const core::ImageStatus status = core::open_image(image.const_data_ptr(), size(image, 0), &model);
     if (status != core::ImageStatus::ok) fail(op, ": ", core::image_status_text(status));
+    if ((model.header().dtype == 0) != is_float(x))
+        fail(op, ": expected x of ", model.header().dtype == 0 ? "float32" : "float64", " like the model, got ",
+             dtype_text(x), ": convert it");
+    return model;
+}
+
+/// A copy of the state that a call begins from, or the model's own.
+std::pair<Tensor, Tensor> begin_state(const char* op, const core::Image& model, const Tensor& x, std::int64_t batch,
+                                      const std::optional<Tensor>& h, const std::optional<Tensor>& c) {
     const core::ImageHeader& header = model.header();
-    if ((header.dtype == 0) != is_float(x))
-        fail(op, ": expected x of ", header.dtype == 0 ? "float32" : "float64", " like the model, got ", dtype_text(x),
-             ": convert it");
+    if (h.has_value() != c.has_value()) fail(op, ": expected h and c, or neither");
+    if (h) {
+        check_argument(op, "h", *h, x, {header.state_layers, batch, header.h_size});
+        check_argument(op, "c", *c, x, {header.state_layers, batch, header.c_size});
+        return {copy_of(*h), copy_of(*c)};
+    }
+    const Tensor h_0 = empty(x, {header.state_layers, batch, header.h_size});
+    const Tensor c_0 = empty(x, {header.state_layers, batch, header.c_size});
+    const std::size_t rows = static_cast<std::size_t>(batch);
+    if (is_float(x))
+        core::initial_state<float>(model, rows, mutable_data<float>(h_0), mutable_data<float>(c_0));
+    else
+        core::initial_state<double>(model, rows, mutable_data<double>(h_0), mutable_data<double>(c_0));
+    return {h_0, c_0};
+}
+
+/// (N, T, K) for a (T, N, K), or back, in the same memory.
+Tensor swapped(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> lstm_stack(Tensor image, Tensor x, std::optional<Tensor> h, std::optional<Tensor> c,
+                                              bool batch_first) {
+    const char* op = "lstm_stack";
+    check_input(op, "x", x, 3);
+    const core::Image model = opened(op, image, x);
+    const std::int64_t inputs = model.header().input_size;
+    const std::int64_t batch = x.size(batch_first ? 0 : 1);
+    const std::int64_t steps = x.size(batch_first ? 1 : 0);
+    if (steps == 0) fail(op, ": expected at least one step, got x of shape ", shape_text(x), ": leave out empty calls");
+    check_argument(op, "x", x, x, {x.size(0), x.size(1), inputs});
+    const auto [h_n, c_n] = begin_state(op, model, x, batch, h, c);
+    const Tensor y = empty(x, {x.size(0), x.size(1), model.header().output_size});
+    const auto kernel = is_float(x) ? run<float> : run<double>;
+    kernel(model, batch_first ? x : swapped(x), h_n, c_n, batch_first ? y : swapped(y), core::Answers::every,
+           std::nullopt, std::nullopt);
+    return {y, h_n, c_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, std::optional<Tensor> h, std::optional<Tensor> c,
+                                             std::int64_t output_size, std::int64_t answers,
+                                             std::optional<Tensor> lengths, std::optional<Tensor> reset) {
+    const char* op = "run_model";
+    check_input(op, "x", x, 3);
+    const core::Image model = opened(op, image, x);
+    const core::ImageHeader& header = model.header();
     if (output_size != static_cast<std::int64_t>(header.output_size))
         fail(op, ": expected output_size ", header.output_size, " as the model has, got ", output_size);
     if (answers < 0 || answers > static_cast<std::int64_t>(core::Answers::hidden))
@@ -94,8 +147,6 @@ std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, Tensor h, T
     const std::int64_t inputs = header.input_size;
     if (steps == 0) fail(op, ": expected at least one step, got x of shape ", shape_text(x), ": leave out empty calls");
     check_argument(op, "x", x, x, {batch, steps, inputs});
-    check_argument(op, "h", h, x, {header.state_layers, batch, header.h_size});
-    check_argument(op, "c", c, x, {header.state_layers, batch, header.c_size});
     if (reset) check_mask(op, "reset", *reset, {batch, steps});
     if (lengths) {
         if (!lengths->is_cpu() || lengths->scalar_type() != ScalarType::Long || lengths->dim() != 1 ||
@@ -109,8 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, Tensor h, T
                 fail(op, ": expected lengths from 0 to the ", steps, " steps of x, got ", length);
         }
     }
-    const Tensor h_n = copy_of(h);
-    const Tensor c_n = copy_of(c);
+    const auto [h_n, c_n] = begin_state(op, model, x, batch, h, c);
     const bool every = answers == 0;
     Tensor y = every ? empty(x, {batch, steps, output_size}) : empty(x, {batch, output_size});
     if (lengths) torch::stable::zero_(y);

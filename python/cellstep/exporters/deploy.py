@@ -4,6 +4,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def export_deploy(model: Chain, path: Path) -> None:
         temporary.write_bytes(data)
 
 
-def image(model: Chain) -> bytes:
+def image(model: Chain, *, test_vector: bool = True) -> bytes:
     """The bytes of a deploy file: packed weights, scaling, names and a test vector, in the model's own dtype."""
     records = [_Record(_INPUT_SCALING, (model.input_size,), _bytes(model.input_offset, model.input_scale))]
     records += [_dense_record(dense) for dense in model.encoder]
@@ -62,8 +63,27 @@ def image(model: Chain) -> bytes:
     for kind, names in ((_FEATURE_NAMES, model.feature_names), (_OUTPUT_NAMES, model.output_names)):
         if names:
             records.append(_Record(kind, (len(names),), _encode(names)))
-    records.append(_Record(_TEST_VECTOR, (_TEST_STEPS,), _test_vector(model)))
+    if test_vector:
+        records.append(_Record(_TEST_VECTOR, (_TEST_STEPS,), _test_vector(model)))
     return _assemble(model, records)
+
+
+def lstm_image(lstm: LSTM) -> bytes:
+    """The bytes of an image that answers every step as the LSTM alone does; without a test vector."""
+    directions = 2 if lstm.bidirectional else 1
+    out = lstm.proj_size or lstm.hidden_size
+    sizes = SimpleNamespace(
+        dtype=lstm.weight_ih_l0.dtype,
+        input_size=lstm.input_size,
+        output_size=directions * out,
+        state_layers=directions * lstm.num_layers,
+        h_size=out,
+        c_size=lstm.hidden_size,
+        window=0,
+        horizon=0,
+        answers="every",
+    )
+    return _assemble(sizes, [_lstm_record(lstm, layer) for layer in range(lstm.num_layers)])
 
 
 def _dense_record(dense: Dense) -> _Record:
@@ -145,7 +165,7 @@ def _test_vector(model: Chain) -> bytes:
     return _bytes(tolerance.to(dtype).reshape(1), x, y.to(dtype))
 
 
-def _assemble(model: Chain, records: list[_Record]) -> bytes:
+def _assemble(model: Chain | SimpleNamespace, records: list[_Record]) -> bytes:
     offset = 64 + 64 * len(records)
     table = b""
     data = b""

@@ -15,6 +15,7 @@ from cellstep.exporters.deploy import image
 from cellstep.exporters.files import replacing
 from cellstep.nn import Chain
 from cellstep.nn.chain import ANSWERS
+from cellstep.nn.packed import aligned_bytes
 
 _ATTRIBUTES = ["feature_names", "output_names", "window", "horizon", "answers"]
 _SIZES = ["input_size", "output_size", "state_layers", "h_size", "c_size"]
@@ -59,7 +60,7 @@ class PackedChain(nn.Module):
         h, c = (part.detach().clone() for part in model.initial_state(1))
         self.register_buffer("initial_h", h)
         self.register_buffer("initial_c", c)
-        self.register_buffer("image", torch.frombuffer(bytearray(image(model)), dtype=torch.uint8))
+        self.register_buffer("image", aligned_bytes(image(model)))
 
     def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
         windows = x if x.dim() == 3 else x.unsqueeze(0)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Optional
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from cellstep.formula import ACTIVATIONS, activate
 from cellstep.nn.dispatch import USE_OPS, has_kernel
 from cellstep.nn.lstm import LSTM
+from cellstep.nn.packed import inference_only, packed_image
 
 #: What the heads of a chain see.
 ANSWERS = ["every", "last", "hidden"]
@@ -23,6 +24,8 @@ class Dense(nn.Linear):
         activation: "linear", "relu", "sigmoid", "tanh", "elu", "softmax" (over the outputs), "hard_sigmoid",
             "hardsigmoid".
     """
+
+    __jit_ignored_attributes__: ClassVar = ["_parameter_names"]
 
     use_ops: Final[bool]
     _activation: Final[int]
@@ -41,6 +44,7 @@ class Dense(nn.Linear):
             raise ValueError(f"expected an activation of {', '.join(ACTIVATIONS)}; got {activation!r}; choose one")
         self.activation = activation
         self._activation = ACTIVATIONS.index(activation)
+        self._parameter_names = tuple(self._parameters)
         self.use_ops = USE_OPS
 
     @torch.jit.unused
@@ -241,8 +245,58 @@ class Chain(nn.Module):
             if isinstance(x, PackedSequence):
                 return self._forward_packed(x)
         windows = x if x.dim() == 3 else x.unsqueeze(0)
+        if not torch.jit.is_scripting():
+            answer = self._run_image(windows, None, lengths, None, self.answers)
+            if answer is not None:
+                return answer[0] if x.dim() == 3 else answer[0].squeeze(0)
         y, _ = self.answer(windows, self.initial_state(windows.size(0)), lengths)
         return y if x.dim() == 3 else y.squeeze(0)
+
+    @torch.jit.unused
+    def _run_image(  # type: ignore[no-untyped-def]
+        self,
+        x: Tensor,
+        state: Optional[tuple[Tensor, Tensor]],
+        lengths: Optional[Tensor],
+        reset: Optional[Tensor],
+        answers: str,
+    ):
+        """The answer on packed weights, or None where the call is anything but the plain case."""
+        if not inference_only(x) or x.dim() != 3 or x.size(2) != self.input_size or x.size(1) == 0:
+            return None
+        if lengths is not None or reset is not None:
+            return None
+        weights = [*self._buffers.values()]
+        for stages in (self.encoder, self.lstms, self.heads):
+            for stage in stages._modules.values():
+                plain = type(stage) in (LSTM, Dense) and stage.use_ops
+                if not plain or stage._forward_hooks or stage._forward_pre_hooks:
+                    return None
+                # Parametrised or pruned weights are not the module's parameters.
+                if tuple(stage._parameters) != stage._parameter_names:
+                    return None
+                if stage.training and isinstance(stage, LSTM) and stage._random:
+                    return None
+                weights += [weight for weight in stage._parameters.values() if weight is not None]
+        h, c = (None, None) if state is None else state
+        if h is not None and c is not None:
+            shapes = tuple((self.state_layers, x.size(0), size) for size in (self.h_size, self.c_size))
+            if (h.shape, c.shape) != shapes or not (h.dtype == c.dtype == x.dtype and h.is_cpu and c.is_cpu):
+                return None
+        image = packed_image(self, x.dtype, weights, self._pack)
+        if image is None:
+            return None
+        code = ANSWERS.index(answers)
+        # Below autograd, where the operator's refusal to be differentiated lies: here nothing asks for it.
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h, c = torch.ops.cellstep.run_model.default(image, x, h, c, self.output_size, code, None, None)
+        return y, (h, c)
+
+    @torch.jit.unused
+    def _pack(self) -> bytes:
+        from cellstep.exporters.deploy import image
+
+        return image(self, test_vector=False)
 
     @torch.jit.unused
     def _forward_packed(self, packed: PackedSequence):  # type: ignore[no-untyped-def]
@@ -314,6 +368,9 @@ class Chain(nn.Module):
         if not torch.jit.is_scripting():
             if lengths is not None and not isinstance(lengths, Tensor):
                 lengths = torch.as_tensor(lengths)
+            answer = self._run_image(x, (h, c), lengths, reset, answers)
+            if answer is not None:
+                return answer
         past: Optional[Tensor] = None
         if lengths is not None:
             if lengths.dim() != 1 or lengths.size(0) != x.size(0):

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from cellstep.formula import ACTIVATIONS, lstm_steps
 from cellstep.nn.cell import check_flag, check_size
 from cellstep.nn.dispatch import USE_OPS, autocasting, has_kernel, transforms_active
+from cellstep.nn.packed import inference_only, packed_image
 
 _LAYER_ACTIVATIONS = ACTIVATIONS[:-1]  # softmax is for heads
 _SIGMOID, _TANH = 2, 3
@@ -69,6 +70,7 @@ class LSTM(nn.Module):
     """
 
     __jit_unused_properties__: ClassVar = ["all_weights"]
+    __jit_ignored_attributes__: ClassVar = ["_parameter_names", "_random"]
 
     input_size: Final[int]
     hidden_size: Final[int]
@@ -211,6 +213,8 @@ class LSTM(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.empty(rows, size, device=device, dtype=dtype)))
         self._flat_weights = []
         self._initial = []
+        self._parameter_names = tuple(self._parameters)
+        self._random = bool(dropout or zoneout_h or zoneout_c or recurrent_dropout or weight_drop)
         self.reset_parameters()
 
     @torch.jit.unused
@@ -423,6 +427,10 @@ class LSTM(nn.Module):
         if not torch.jit.is_scripting():
             if isinstance(input, PackedSequence):
                 return self._forward_packed(input, hx, reset)
+            if lengths is None and reset is None:
+                answer = self._forward_image(input, hx)
+                if answer is not None:
+                    return answer
             if lengths is not None and not isinstance(lengths, Tensor):
                 lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
         if lengths is not None:
@@ -470,6 +478,37 @@ class LSTM(nn.Module):
             return output, (h, c), cells
         else:
             return output, (h, c)
+
+    @torch.jit.unused
+    def _forward_image(self, x: Tensor, hx: Optional[tuple[Tensor, Tensor]]):  # type: ignore[no-untyped-def]
+        """The answer on packed weights, or None where the call is anything but the plain case."""
+        if not self.use_ops or not inference_only(x) or self.return_cell_states or (self.training and self._random):
+            return None
+        if x.dim() != 3 or x.size(2) != self.input_size or x.size(1 if self.batch_first else 0) == 0:
+            return None
+        # Parametrised or pruned weights are not the module's parameters.
+        if tuple(self._parameters) != self._parameter_names:
+            return None
+        weights = self._parameters.values()
+        batch = x.size(0 if self.batch_first else 1)
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        shapes = ((rows, batch, self.proj_size or self.hidden_size), (rows, batch, self.hidden_size))
+        if hx is not None and tuple(part.shape for part in hx) != shapes:
+            return None
+        h, c = (None, None) if hx is None else hx
+        if h is not None and not (h.dtype == c.dtype == x.dtype and h.is_cpu and c.is_cpu):
+            return None
+        image = packed_image(self, x.dtype, weights, self._pack)
+        if image is None:
+            return None
+        y, h, c = torch.ops.cellstep.lstm_stack.default(image, x, h, c, self.batch_first)
+        return y, (h, c)
+
+    @torch.jit.unused
+    def _pack(self) -> bytes:
+        from cellstep.exporters.deploy import lstm_image
+
+        return lstm_image(self)
 
     @torch.jit.unused
     def _forward_packed(self, packed: PackedSequence, hx: Optional[tuple[Tensor, Tensor]], reset: Optional[Tensor]):  # type: ignore[no-untyped-def]
