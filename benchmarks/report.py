@@ -1,0 +1,293 @@
+"""The measured table: on the terminal, as JSON, as Markdown in README, and as a plot."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rows import REFERENCES, SECTIONS, SLACK, Rates, Result, Row, Verdict, floor_us, operations
+
+TITLES = {
+    "inference": "Inference from Python, one thread",
+    "threads": "Two threads",
+    "low": "Low precision",
+    "ragged": "A ragged batch",
+    "training": "Training: forward, backward, Adam",
+    "runtime": "The torch-free runtime, one step",
+    "programs": "One call from C++",
+    "flat": "A new sequence length every call",
+}
+COLUMNS = "batch, time, input, hidden, layers"
+
+
+@dataclass
+class Report:
+    """Everything that a run found."""
+
+    date: str
+    quick: bool
+    machine: dict[str, Any]
+    rates: Rates
+    vectors: str
+    rows: Sequence[Row]
+    results: dict[str, Result]
+    verdicts: Sequence[Verdict]
+
+    def share(self, row: Row) -> float | None:
+        """The floor over the time."""
+        ours = self.results[row.name].ours
+        return floor_us(row, self.rates) / ours.median if ours else None
+
+    def sections(self) -> list[tuple[str, list[Row]]]:
+        parts = [(section, [row for row in self.rows if row.section == section]) for section in SECTIONS]
+        return [(section, rows) for section, rows in parts if rows]
+
+    def others(self, rows: Sequence[Row]) -> list[str]:
+        """Names of peers and references that have a column in a table of these rows."""
+        names = [name for row in rows for name in (*self.results[row.name].ratios, *self.results[row.name].reasons)]
+        return [name for name in dict.fromkeys(names) if not name.startswith("cellstep")]
+
+    @property
+    def missed(self) -> list[Verdict]:
+        return [verdict for verdict in self.verdicts if not verdict.met]
+
+    def heading(self) -> str:
+        about = self.machine
+        versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+        return (
+            f"{self.date}; {about['processor']}, {about['cores']} cores, cellstep on {about['instruction_set']}; "
+            f"{versions}; one core: {self.rates.flops[0] / 1e9:.0f} GFLOP/s of {self.vectors} multiply-adds, reads of "
+            f"{_gigabytes(self.rates, 16)} from 16 kB, {_gigabytes(self.rates, 256)} from 256 kB, "
+            f"{_gigabytes(self.rates, 8192)} from 8 MB"
+        )
+
+
+def _gigabytes(rates: Rates, kilobytes: int) -> str:
+    return f"{rates.read(kilobytes * 1024) / 1e9:.0f} GB/s"
+
+
+def number(value: float | None) -> str:
+    """Microseconds and ratios to three figures or so."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f}%"
+
+
+def _other(result: Result, name: str) -> float | None:
+    """The time of a peer or reference, which may have come from elsewhere."""
+    if name in result.timings:
+        return result.timings[name].median
+    return next((value for what, value in result.extra.items() if what.startswith(f"{name}: us")), None)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Our times, the peers', why a cell is empty, and what must be reached."""
+    console.print(report.heading(), soft_wrap=True)
+    for section, rows in report.sections():
+        _print_times(report, f"{TITLES[section]} ({COLUMNS}; microseconds)", rows, console)
+    for row in report.rows:
+        result = report.results[row.name]
+        for what, value in result.extra.items():
+            console.print(f"{row.name}: {what}: {number(value)}", soft_wrap=True, highlight=False)
+    _print_reasons(report, console)
+    if report.verdicts:
+        _print_verdicts(report, console)
+
+
+def _print_times(report: Report, title: str, rows: Sequence[Row], console: Console) -> None:
+    ours = _table(
+        title, ["row", "way"], ["median", "99%", "99.9%", "first", "floor", "share"], ["best peer"], ["ratio"]
+    )
+    others = report.others(rows)
+    theirs = _table("", ["row"], others)
+    for row in rows:
+        result = report.results[row.name]
+        best = result.best_peer
+        own = result.ours
+        ours.add_row(
+            row.name,
+            result.way.removeprefix("cellstep "),
+            *map(number, (own.median, own.p99, own.p999, own.first) if own else (None,) * 4),
+            number(floor_us(row, report.rates)),
+            percent(report.share(row)),
+            best or "",
+            number(result.ratios[best]) if best else "",
+        )
+        theirs.add_row(row.name, *(number(_other(result, name)) for name in others))
+    console.print(ours)
+    if others:
+        console.print(theirs)
+
+
+def _table(title: str, *columns: Sequence[str]) -> Table:
+    """Columns of text and columns of numbers, in turn."""
+    table = Table(title=title or None, title_justify="left")
+    for at, names in enumerate(columns):
+        for name in names:
+            table.add_column(name, justify="right" if at % 2 else "left")
+    return table
+
+
+def _print_reasons(report: Report, console: Console) -> None:
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, result in report.results.items():
+        for who, reason in result.reasons.items():
+            rows.setdefault((who, reason), []).append(name)
+    for (who, reason), names in rows.items():
+        where = f"{len(names)} rows" if len(names) > 2 else "; ".join(names)
+        console.print(f"no time of {who} ({where}): {reason}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_verdicts(report: Report, console: Console) -> None:
+    table = _table("Must reach", ["row", "against"], ["at least", "reached"], [""])
+    for verdict in report.verdicts:
+        goal = verdict.goal
+        against = goal.against if goal.against != "best peer" else _best(report, goal.row)
+        mark = "" if verdict.met else "[red]missed[/red]"
+        table.add_row(goal.row, against, number(goal.least), number(verdict.value) or verdict.reason, mark)
+    console.print(table)
+    missed = report.missed
+    reached = len(report.verdicts) - len(missed)
+    console.print(f"{reached} of {len(report.verdicts)} reached within {SLACK:.0%}")
+    for verdict in missed:
+        goal = verdict.goal
+        got = number(verdict.value) or f"nothing ({verdict.reason})"
+        console.print(
+            f"missed: {goal.row} against {goal.against}: expected {number(goal.least)}; got {got}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+
+
+def _best(report: Report, name: str) -> str:
+    best = report.results[name].best_peer if name in report.results else None
+    return f"best peer: {best}" if best else "best peer"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """All of it: sizes, times, ratios, reasons, goals."""
+    rows = []
+    for row in report.rows:
+        result = report.results[row.name]
+        rows.append(
+            {
+                **asdict(row),
+                **asdict(result),
+                "floor_us": floor_us(row, report.rates),
+                "operations": operations(row),
+                "share_of_floor": report.share(row),
+                "best_peer": result.best_peer,
+            }
+        )
+        del rows[-1]["row"]
+    return {
+        "date": report.date,
+        "quick": report.quick,
+        "machine": report.machine,
+        "rates": {**asdict(report.rates), "vectors": report.vectors},
+        "rows": rows,
+        "must_reach": [
+            {**asdict(verdict.goal), "value": verdict.value, "reason": verdict.reason, "met": verdict.met}
+            for verdict in report.verdicts
+        ],
+    }
+
+
+def markdown(report: Report, plot: str) -> str:
+    """The tables that README takes in."""
+    parts = [
+        f"{report.heading()}.",
+        f"![How many times as long the best peer takes, and the share of the floor]({plot})",
+    ]
+    for section, rows in report.sections():
+        others = report.others(rows)
+        head = [f"{TITLES[section]}: {COLUMNS}", "cellstep, us", *(f"{name}, us" for name in others)]
+        head += ["best peer / cellstep", "share of the floor"]
+        lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+        for row in rows:
+            result = report.results[row.name]
+            best = result.best_peer
+            name = row.name.removesuffix(", runtime").removesuffix(", two threads")
+            lines.append(
+                [
+                    name,
+                    number(result.ours.median if result.ours else None),
+                    *(number(_other(result, other)) for other in others),
+                    number(result.ratios[best]) if best else "",
+                    percent(report.share(row)),
+                ]
+            )
+        used = [at for at in range(len(head)) if at < 2 or any(line[at] for line in lines[2:])]
+        parts.append("\n".join("| " + " | ".join(line[at] for at in used) + " |" for line in lines))
+    return "\n\n".join(parts)
+
+
+BLOCK = re.compile(r"(?<=<!-- table of cpu speed -->\n).*?(?=<!-- end of cpu speed -->)", re.DOTALL)
+
+
+def write_readme(report: Report, readme: Path, plot: Path) -> None:
+    """Put the tables between the marks of a README.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if not BLOCK.search(text):
+        raise ValueError(
+            f"expected the lines <!-- table of cpu speed --> and <!-- end of cpu speed --> in '{readme}'; got none; "
+            "add them where the table belongs"
+        )
+    table = markdown(report, plot.relative_to(readme.parent).as_posix())
+    readme.write_text(BLOCK.sub(lambda _: table + "\n", text), encoding="utf-8")
+
+
+def plot(report: Report, path: Path) -> None:
+    """Two panels side by side: how many times as long the best peer takes, and the share of the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in report.rows if report.results[row.name].ours]
+    names = [row.name for row in rows]
+    ratios, shares, goals = [], [], []
+    least = {
+        v.goal.row: v.goal.least
+        for v in report.verdicts
+        if v.goal.against in ("best peer", "torch.nn.LSTM", "RTNeural")
+    }
+    for row in rows:
+        result = report.results[row.name]
+        best = result.best_peer
+        reference = [result.ratios[name] for name in REFERENCES if name in result.ratios and name == "RTNeural"]
+        ratios.append(result.ratios[best] if best else reference[0] if reference else float("nan"))
+        shares.append(100 * (report.share(row) or 0.0))
+        goals.append(least.get(row.name, float("nan")))
+    places = range(len(rows))
+    figure, (left, right) = plt.subplots(
+        1, 2, sharey=True, figsize=(11, 1.2 + 0.26 * len(rows)), layout="constrained", width_ratios=(3, 2)
+    )
+    left.barh(places, [ratio - 1 for ratio in ratios], left=1, color="tab:blue")
+    left.plot(goals, places, "|", color="black", markersize=9, label="must reach")
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_xscale("log")
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    left.set_xlabel("best peer's time / cellstep's (RTNeural: its figure, of another machine)")
+    left.set_yticks(places, names, fontsize=8)
+    left.invert_yaxis()
+    right.barh(places, shares, color="tab:green")
+    right.set_xlim(0, 100)
+    right.set_xlabel("share of the floor, %")
+    if any(goal == goal for goal in goals):
+        left.legend(loc="lower right", fontsize=8)
+    figure.suptitle(f"{report.date}, {report.machine['processor']}, {report.machine['instruction_set']}", fontsize=10)
+    figure.savefig(path)
+    plt.close(figure)
