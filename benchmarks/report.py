@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rows import REFERENCES, SECTIONS, SLACK, Rates, Result, Row, Verdict, floor_us, operations
+from rows import RTNEURAL, SECTIONS, SLACK, Rates, Result, Row, Verdict, floor_us, operations
 
 TITLES = {
     "inference": "Inference from Python, one thread",
@@ -45,10 +45,10 @@ class Report:
         parts = [(section, [row for row in self.rows if row.section == section]) for section in SECTIONS]
         return [(section, rows) for section, rows in parts if rows]
 
-    def others(self, rows: Sequence[Row]) -> list[str]:
-        """Names of peers and references that have a column in a table of these rows."""
-        names = [name for row in rows for name in (*self.results[row.name].ratios, *self.results[row.name].reasons)]
-        return [name for name in dict.fromkeys(names) if not name.startswith("cellstep")]
+    def ways(self, rows: Sequence[Row]) -> list[str]:
+        """Names of everything that has a time in one of these rows: cellstep's ways, peers and references."""
+        results = [self.results[row.name] for row in rows]
+        return list(dict.fromkeys(name for result in results for name in (*result.timings, *result.ratios)))
 
     @property
     def missed(self) -> list[Verdict]:
@@ -80,11 +80,11 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f}%"
 
 
-def _other(result: Result, name: str) -> float | None:
-    """The time of a peer or reference, which may have come from elsewhere."""
+def _median(result: Result, name: str) -> float | None:
+    """The time of a way, a peer or a reference; what was measured elsewhere is there as a ratio alone."""
     if name in result.timings:
         return result.timings[name].median
-    return next((value for what, value in result.extra.items() if what.startswith(f"{name}: us")), None)
+    return result.ours.median * result.ratios[name] if result.ours and name in result.ratios else None
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -102,11 +102,10 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _print_times(report: Report, title: str, rows: Sequence[Row], console: Console) -> None:
-    ours = _table(
-        title, ["row", "way"], ["median", "99%", "99.9%", "first", "floor", "share"], ["best peer"], ["ratio"]
-    )
-    others = report.others(rows)
-    theirs = _table("", ["row"], others)
+    times = ["median", "99%", "99.9%", "first", "floor", "share"]
+    ours = _table(title, ["row", "way"], times, ["best peer"], ["ratio"])
+    ways = report.ways(rows)
+    medians = _table("", ["row"], ways)
     for row in rows:
         result = report.results[row.name]
         best = result.best_peer
@@ -120,10 +119,10 @@ def _print_times(report: Report, title: str, rows: Sequence[Row], console: Conso
             best or "",
             number(result.ratios[best]) if best else "",
         )
-        theirs.add_row(row.name, *(number(_other(result, name)) for name in others))
+        medians.add_row(row.name, *(number(_median(result, name)) for name in ways))
     console.print(ours)
-    if others:
-        console.print(theirs)
+    if len(ways) > 1:
+        console.print(medians)
 
 
 def _table(title: str, *columns: Sequence[str]) -> Table:
@@ -151,7 +150,7 @@ def _print_verdicts(report: Report, console: Console) -> None:
         goal = verdict.goal
         against = goal.against if goal.against != "best peer" else _best(report, goal.row)
         mark = "" if verdict.met else "[red]missed[/red]"
-        table.add_row(goal.row, against, number(goal.least), number(verdict.value) or verdict.reason, mark)
+        table.add_row(goal.row, against, number(goal.least), number(verdict.value), mark)
     console.print(table)
     missed = report.missed
     reached = len(report.verdicts) - len(missed)
@@ -203,30 +202,25 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def markdown(report: Report, plot: str) -> str:
     """The tables that README takes in."""
-    parts = [
-        f"{report.heading()}.",
-        f"![How many times as long the best peer takes, and the share of the floor]({plot})",
-    ]
+    parts = [f"{report.heading()}.", f"![The best peer's time over cellstep's, and the share of the floor]({plot})"]
     for section, rows in report.sections():
-        others = report.others(rows)
-        head = [f"{TITLES[section]}: {COLUMNS}", "cellstep, us", *(f"{name}, us" for name in others)]
-        head += ["best peer / cellstep", "share of the floor"]
+        peers = [name for name in report.ways(rows) if not name.startswith("cellstep")]
+        head = [f"{TITLES[section]}: {COLUMNS}", "cellstep", *peers, "best peer / cellstep", "share of the floor"]
         lines = [head, ["---", *["--:"] * (len(head) - 1)]]
         for row in rows:
             result = report.results[row.name]
             best = result.best_peer
-            name = row.name.removesuffix(", runtime").removesuffix(", two threads")
-            lines.append(
-                [
-                    name,
-                    number(result.ours.median if result.ours else None),
-                    *(number(_other(result, other)) for other in others),
-                    number(result.ratios[best]) if best else "",
-                    percent(report.share(row)),
-                ]
-            )
+            line = [
+                row.name.removesuffix(", runtime").removesuffix(", two threads"),
+                number(result.ours.median if result.ours else None),
+                *(number(_median(result, name)) for name in peers),
+                number(result.ratios[best]) if best else "",
+                percent(report.share(row)),
+            ]
+            lines.append(line)
         used = [at for at in range(len(head)) if at < 2 or any(line[at] for line in lines[2:])]
         parts.append("\n".join("| " + " | ".join(line[at] for at in used) + " |" for line in lines))
+    parts.append("Medians in microseconds. RTNeural's figures are of another machine, as `benchmarks/rows.py` says.")
     return "\n\n".join(parts)
 
 
@@ -257,20 +251,13 @@ def plot(report: Report, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in report.rows if report.results[row.name].ours]
+    peers = ("best peer", "torch.nn.LSTM", RTNEURAL)
+    least = {v.goal.row: v.goal.least for v in report.verdicts if v.goal.against in peers}
     names = [row.name for row in rows]
-    ratios, shares, goals = [], [], []
-    least = {
-        v.goal.row: v.goal.least
-        for v in report.verdicts
-        if v.goal.against in ("best peer", "torch.nn.LSTM", "RTNeural")
-    }
-    for row in rows:
-        result = report.results[row.name]
-        best = result.best_peer
-        reference = [result.ratios[name] for name in REFERENCES if name in result.ratios and name == "RTNeural"]
-        ratios.append(result.ratios[best] if best else reference[0] if reference else float("nan"))
-        shares.append(100 * (report.share(row) or 0.0))
-        goals.append(least.get(row.name, float("nan")))
+    goals = [least.get(name, float("nan")) for name in names]
+    results = [report.results[name] for name in names]
+    ratios = [result.ratios[result.best_peer] if result.best_peer else float("nan") for result in results]
+    shares = [100 * (report.share(row) or 0.0) for row in rows]
     places = range(len(rows))
     figure, (left, right) = plt.subplots(
         1, 2, sharey=True, figsize=(11, 1.2 + 0.26 * len(rows)), layout="constrained", width_ratios=(3, 2)
@@ -280,7 +267,7 @@ def plot(report: Report, path: Path) -> None:
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xscale("log")
     left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    left.set_xlabel("best peer's time / cellstep's (RTNeural: its figure, of another machine)")
+    left.set_xlabel("best peer's time / cellstep's")
     left.set_yticks(places, names, fontsize=8)
     left.invert_yaxis()
     right.barh(places, shares, color="tab:green")

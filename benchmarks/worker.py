@@ -92,8 +92,12 @@ def measure(row: Row, effort: Effort, leave_out: Mapping[str, str]) -> Result:
             brief = Effort(0.0, 3, 3, effort.block, effort.rest) if name == HAND_WRITTEN else effort
             if result.way:
                 result.ratios[name] = measurement.compare(result.way, name, brief)
-            else:
+            else:  # there is nothing to compare with; the peer's time is of use all the same
                 measurement.compare(name, name, brief)
+    plain = {name: result.ratios[name] for name in peers.PEERS if name in result.ratios and name != HAND_WRITTEN}
+    if row.dtype != "float32" and plain and not row.training:
+        best = min(plain, key=lambda name: plain[name])
+        result.extra[f"times as long as cellstep that the best float32 peer, {best}, takes"] = plain[best]
     result.timings = {name: samples.timing() for name, (_, samples) in measurement.ways.items() if samples.ns}
     return result
 
