@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,6 @@ from typing import Annotated, Any
 import typer
 from machine import describe, file_name, measure_rates
 from peers import SLOW_TO_BUILD
-from programs import build_runtime
 from report import Report, as_json, plot, print_report, write_readme
 from rich.console import Console
 from rows import Result, Row, Timing, judge, pick
@@ -44,8 +43,8 @@ def effort_of(quick: bool, threads: int) -> Effort:
     return Effort(0.1, 3, 51, 2e-3, rest) if quick else Effort(rest=rest)
 
 
-def measure_rows(rows: Sequence[Row], quick: bool, programs: dict[str, str], directory: Path) -> dict[str, Result]:
-    """All rows, those of one number of threads in one process; a row that takes its process down is left out."""
+def measure_rows(rows: Sequence[Row], quick: bool, programs: dict[str, str]) -> dict[str, Result]:
+    """All rows, those of one number of threads in one process; a row that takes its process down costs no other."""
     results: dict[str, Result] = {}
     leave_out = dict.fromkeys(SLOW_TO_BUILD, "left out by --quick") if quick else {}
     for threads in sorted({row.threads for row in rows}):
@@ -59,33 +58,47 @@ def measure_rows(rows: Sequence[Row], quick: bool, programs: dict[str, str], dir
                 "leave_out": leave_out,
                 "programs": programs,
             }
-            begun = ""
-            for line in run_worker(job, directory):
+            for line in run_worker(job):
                 if "begin" in line:
-                    begun = line["begin"]
-                    left.remove(begun)
+                    name = line["begin"]
+                    left = left[left.index(name) + 1 :]
+                    results[name] = Result(name, reasons={"cellstep": "the process that ran it crashed"})
+                    print(f"{len(results)} of {len(rows)}: {name}", file=sys.stderr)
                 else:
                     result = line["result"]
-                    result["timings"] = {name: Timing(**timing) for name, timing in result["timings"].items()}
-                    results[begun] = Result(**result)
-            if begun not in results:
-                results[begun or left.pop(0)] = Result(begun, reasons={"cellstep": "the process that ran it crashed"})
+                    result["timings"] = {way: Timing(**times) for way, times in result["timings"].items()}
+                    results[result["row"]] = Result(**result)
     return results
 
 
-def run_worker(job: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
-    """What worker.py says, line by line; it may have died on the way."""
-    with tempfile.TemporaryDirectory(dir=directory) as place:
-        job_file, results = Path(place) / "job.json", Path(place) / "results.jsonl"
-        job_file.write_text(json.dumps(job))
-        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(job["threads"]))
-        results.touch()
-        worker = [sys.executable, str(HERE / "worker.py"), str(job_file), str(results)]
-        done = subprocess.run(worker, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        lines = [json.loads(line) for line in results.read_text().splitlines()]
-        if not lines:
-            raise RuntimeError(f"the measuring process did not start: {done.stdout.strip()[-1000:]}")
-        return lines
+def run_worker(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What worker.py says, line by line; it may die on the way.
+
+    Raises:
+        RuntimeError: it died before its first row.
+    """
+    environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(job["threads"]))
+    read, write = os.pipe()
+    command = [sys.executable, str(HERE / "worker.py"), str(write)]
+    # The libraries' own words go to a file, which is of use only if nothing else came.
+    with (
+        tempfile.TemporaryFile("w+") as noise,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=noise, stderr=noise, text=True, env=environment, pass_fds=[write]
+        ) as worker,
+        os.fdopen(read) as lines,
+    ):
+        os.close(write)
+        assert worker.stdin is not None
+        with worker.stdin:
+            worker.stdin.write(json.dumps(job))
+        silent = True
+        for line in lines:
+            silent = False
+            yield json.loads(line)
+        if silent:
+            noise.seek(0)
+            raise RuntimeError(f"the process that measures did not start: {noise.read().strip()[-1000:]}")
 
 
 def main(
@@ -117,10 +130,8 @@ def run(rows: Sequence[Row], quick: bool, output: Path | None, readme: bool, pro
     about = describe()
     build = ROOT / "build" / "bench"
     rates, vectors = measure_rates(HERE / "rates.cpp", build, 20 if quick else 100)
-    places = {"directory": programs, "runtime": ""}
-    if any(row.section == "runtime" for row in rows):
-        places["runtime"] = str(build_runtime(ROOT, build))
-    results = measure_rows(rows, quick, places, build)
+    places = {"directory": programs, "source": str(ROOT), "build": str(build)}
+    results = measure_rows(rows, quick, places)
     date = datetime.date.today().isoformat()
     report = Report(date, quick, about, rates, vectors, rows, results, judge(rows, results, rates))
     print_report(report, CONSOLE)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,11 @@ def find(program: str, directory: str) -> str:
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
-    """A program's output. RuntimeError with its last line if it fails."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    """A program's output. RuntimeError with its last line if it fails, or if there is none."""
+    try:
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(f"{command[0]} is not installed") from None
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise RuntimeError(said[-1] if said else f"{command[0]} ended with {done.returncode}")
@@ -43,7 +47,7 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 
 
 def build_runtime(source: Path, directory: Path) -> Path:
-    """Configure and build benchmarks/runtime.cpp; the path of the program."""
+    """Configure and build benchmarks/runtime.cpp, which takes no time the second time; the path of the program."""
     options = ["-DCMAKE_BUILD_TYPE=Release", "-DCELLSTEP_BUILD_BENCHMARKS=ON"]
     without = [f"-DCELLSTEP_BUILD_{part}=OFF" for part in ("OPS", "TOOLS", "PYTHON")]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
@@ -52,28 +56,27 @@ def build_runtime(source: Path, directory: Path) -> Path:
     return directory / "benchmarks" / "cellstep_benchmark_runtime"
 
 
-def measure(row: Row, programs: Mapping[str, str], effort: Effort) -> Result:
+def measure(row: Row, places: Mapping[str, str], effort: Effort) -> Result:
     """Run the row's program on the row's model and check what it answers."""
     with tempfile.TemporaryDirectory() as directory:
         if row.section == "runtime":
-            return _runtime(row, Path(programs["runtime"]), Path(directory), effort)
-        return _program(row, programs["directory"], Path(directory))
+            program = build_runtime(Path(places["source"]), Path(places["build"]))
+            return _runtime(row, program, Path(directory), effort)
+        return _program(row, places["directory"], Path(directory))
 
 
 def _runtime(row: Row, program: Path, directory: Path, effort: Effort) -> Result:
-    case = Case(Row(row.section, row.name, 1, 64, row.inputs, row.hidden, row.layers))
+    case = Case(replace(row, time=64))
     path, inputs, outputs = (directory / name for name in ("model.cellstep", "x.f32", "y.f32"))
     cellstep.export(ours.chain(case), path)
     case.x.numpy().astype("<f4").tofile(inputs)
-    said = json.loads(run(program, path, inputs, outputs, round(max(effort.seconds, 0.1) * 1000)).stdout)
+    said = json.loads(run(program, path, inputs, outputs, round(effort.seconds * 1000)).stdout)
     case.check(np.fromfile(outputs, "<f4").reshape(case.truth.shape).astype(np.float64), "float32")
 
     result = Result(row.name, way="cellstep runtime")
     for name, key in (("cellstep runtime", "step"), ("cellstep runtime, run", "run")):
-        ns = said[key]
-        result.timings[name] = Timing(
-            ns["median"] * 1e-3, ns["p99"] * 1e-3, ns["p999"] * 1e-3, ns["first"] * 1e-3, ns["calls"]
-        )
+        us = {what: value * 1e-3 for what, value in said[key].items()}
+        result.timings[name] = Timing(us["median"], us["p99"], us["p999"], us["first"], said[key]["calls"])
     figure = RTNEURAL_US[row.hidden] if row.layers == 1 else RTNEURAL_STACK_US
     result.ratios[RTNEURAL] = figure / result.timings["cellstep runtime"].median
     return result

@@ -11,10 +11,11 @@ over the layers, with G = 4 hidden_size rows of weights and B T tokens:
   sequence before the next one starts;
 * with ``proj_size``, 2 proj_size hidden_size B T / peak.
 
-A training step counts the products three times: once forward, twice backward. Activations, latencies, the optimiser
-and the call itself are not counted, so that no program reaches the floor of a small row. A multiply-add costs twice as
-much in float64 and a quarter in int8, where one instruction does four times as many; weights in bfloat16 are widened
-to float32, which costs nothing here but halves their bytes.
+A training step counts each product three times, once forward and twice backward, but the first layer's projection
+twice, as nobody asks for the gradient of the input. Activations, latencies, the optimiser and the call itself are not
+counted, so that no program reaches the floor of a small row. A multiply-add costs twice as much in float64 and a
+quarter in int8, where one instruction does four times as many; weights in bfloat16 are widened to float32, which costs
+nothing here but halves their bytes.
 """
 
 import math
@@ -163,6 +164,11 @@ class Rates:
         return self.bandwidth[-1][1]
 
 
+def _passes(row: Row, layer: int) -> tuple[int, int]:
+    """How often a layer's input projection and its other products are computed: a gradient of the input is not."""
+    return (3 if layer else 2, 3) if row.training else (1, 1)
+
+
 def operations(row: Row) -> float:
     """Floating-point operations of all products of a row, two a multiply-add."""
     tokens = sum(row.lengths)
@@ -170,13 +176,14 @@ def operations(row: Row) -> float:
     total = 0.0
     for layer in range(row.layers):
         inputs = row.inputs if layer == 0 else outputs
-        total += 2.0 * tokens * (4 * row.hidden * (inputs + outputs) + row.proj * row.hidden)
-    return total * (3 if row.training else 1)
+        projection, others = _passes(row, layer)
+        total += 2.0 * tokens * 4 * row.hidden * (projection * inputs + others * outputs)
+        total += 2.0 * tokens * others * row.proj * row.hidden
+    return total
 
 
 def floor_us(row: Row, rates: Rates) -> float:
     """Least microseconds of a row, as the head of this module says."""
-    passes = 3 if row.training else 1
     peak = rates.peak(row.threads) / COST[row.dtype]
     width = WEIGHT_BYTES[row.dtype]
     outputs = row.proj or row.hidden
@@ -184,14 +191,15 @@ def floor_us(row: Row, rates: Rates) -> float:
     gates = 4 * row.hidden
     layer_inputs = [row.inputs, *[outputs] * (row.layers - 1)]
     stack = sum(width * gates * (inputs + outputs) for inputs in layer_inputs)
+    recurrent = width * gates * outputs
     seconds = 0.0
-    for inputs in layer_inputs:
-        projection = 2.0 * passes * gates * inputs * tokens / peak
-        seconds += max(projection, passes * width * gates * inputs / rates.read(stack))
-        recurrent = width * gates * outputs
+    for layer, inputs in enumerate(layer_inputs):
+        projection, others = _passes(row, layer)
+        work = 2.0 * gates * inputs * tokens / peak
+        seconds += projection * max(work, width * gates * inputs / rates.read(stack))
         reads = recurrent / rates.read(stack) + (steps - 1) * recurrent / rates.read(recurrent)
-        seconds += max(2.0 * passes * gates * outputs * tokens / peak, passes * reads)
-        seconds += 2.0 * passes * row.proj * row.hidden * tokens / peak
+        seconds += others * max(2.0 * gates * outputs * tokens / peak, reads)
+        seconds += others * 2.0 * row.proj * row.hidden * tokens / peak
     return seconds * 1e6
 
 

@@ -1,17 +1,16 @@
 """Measures rows in a process of its own: one number of threads for torch, OpenMP, ONNX Runtime and OpenVINO alike.
 
-    python worker.py JOB.json RESULTS.jsonl
-
-cpu.py starts it. A line goes out when a row begins and another when it ends, so that cpu.py knows which row a crash
-belongs to.
+cpu.py starts it, with the job as JSON on standard input and the number of an open pipe as its argument: standard output
+belongs to the libraries. A line of JSON goes out when a row begins and another when it ends, so that cpu.py knows which
+row a crash belongs to.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 import ours
 import peers
@@ -103,11 +102,11 @@ def measure(row: Row, effort: Effort, leave_out: Mapping[str, str]) -> Result:
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     torch.set_num_interop_threads(1)
     effort = Effort(**job["effort"])
-    with open(sys.argv[2], "a", buffering=1, encoding="utf-8") as out:
+    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as out:
 
         def say(line: object) -> None:
             print(json.dumps(line), file=out)
