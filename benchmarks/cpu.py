@@ -40,7 +40,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 def effort_of(quick: bool, threads: int) -> Effort:
     rest = 0.005 if threads > 1 else 0.0
-    return Effort(0.1, 3, 51, 2e-3, rest) if quick else Effort(rest=rest)
+    return Effort(seconds=0.1, fewest=3, block=2e-3, rest=rest) if quick else Effort(rest=rest)
 
 
 def measure_rows(rows: Sequence[Row], quick: bool, programs: dict[str, str]) -> dict[str, Result]:
@@ -128,6 +128,8 @@ def main(
 def run(rows: Sequence[Row], quick: bool, output: Path | None, readme: bool, programs: str) -> int:
     """Measure, print and write; the exit code."""
     about = describe()
+    if about["load"] > 0.5:
+        print(f"warning: the machine was busy in the last minute (load {about["load"]:.1f}); what runs beside this spoils its figures", file=sys.stderr)
     build = ROOT / "build" / "bench"
     rates, vectors = measure_rates(HERE / "rates.cpp", build, 20 if quick else 100)
     places = {"directory": programs, "source": str(ROOT), "build": str(build)}

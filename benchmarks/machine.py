@@ -50,7 +50,10 @@ def processor() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, cellstep's instruction set, system, and versions; "not installed" where a peer is not."""
+    """Processor, cores, cellstep's instruction set, processes that ran before, system, and versions.
+
+    A version is "not installed" where a peer is not.
+    """
     from cellstep.runtime import instruction_set
 
     versions = {"Python": platform.python_version()}
@@ -63,6 +66,7 @@ def describe() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count() or 1,
         "instruction_set": instruction_set(),
+        "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rows import RTNEURAL, SECTIONS, SLACK, Rates, Result, Row, Verdict, floor_us, operations
+from rows import SECTIONS, SLACK, Rates, Result, Row, Verdict, floor_us, operations
 
 TITLES = {
     "inference": "Inference from Python, one thread",
@@ -73,6 +73,8 @@ def number(value: float | None) -> str:
     """Microseconds and ratios to three figures or so."""
     if value is None:
         return ""
+    if value < 1:
+        return f"{value:.3f}"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
@@ -121,7 +123,7 @@ def _print_times(report: Report, title: str, rows: Sequence[Row], console: Conso
         )
         medians.add_row(row.name, *(number(_median(result, name)) for name in ways))
     console.print(ours)
-    if len(ways) > 1:
+    if any(len(report.ways([row])) > 1 for row in rows):
         console.print(medians)
 
 
@@ -251,11 +253,13 @@ def plot(report: Report, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in report.rows if report.results[row.name].ours]
-    peers = ("best peer", "torch.nn.LSTM", RTNEURAL)
-    least = {v.goal.row: v.goal.least for v in report.verdicts if v.goal.against in peers}
     names = [row.name for row in rows]
-    goals = [least.get(name, float("nan")) for name in names]
     results = [report.results[name] for name in names]
+    least = {(verdict.goal.row, verdict.goal.against): verdict.goal.least for verdict in report.verdicts}
+    goals = [
+        least.get((result.row, "best peer"), least.get((result.row, result.best_peer or ""), float("nan")))
+        for result in results
+    ]
     ratios = [result.ratios[result.best_peer] if result.best_peer else float("nan") for result in results]
     shares = [100 * (report.share(row) or 0.0) for row in rows]
     places = range(len(rows))
@@ -266,12 +270,13 @@ def plot(report: Report, path: Path) -> None:
     left.plot(goals, places, "|", color="black", markersize=9, label="must reach")
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xscale("log")
-    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    left.set_xticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    left.minorticks_off()
     left.set_xlabel("best peer's time / cellstep's")
     left.set_yticks(places, names, fontsize=8)
-    left.invert_yaxis()
+    left.set_ylim(len(rows) - 0.4, -0.6)
     right.barh(places, shares, color="tab:green")
-    right.set_xlim(0, 100)
+    right.set_xlim(0, max(100, *shares))
     right.set_xlabel("share of the floor, %")
     if any(goal == goal for goal in goals):
         left.legend(loc="lower right", fontsize=8)

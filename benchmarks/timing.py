@@ -18,12 +18,14 @@ class Effort:
 
     Attributes:
         seconds: of one pair, where the calls are short enough for it.
-        fewest: blocks of each side at least, however long a call takes.
+        longest: of one pair in any case, past three blocks a side.
+        fewest, most: blocks of each side, within that.
         block: seconds of a block, or one call where that takes longer.
         rest: seconds between blocks: thread pools spin for a while after their work, on the other side's core.
     """
 
     seconds: float = 0.6
+    longest: float = 8.0
     fewest: int = 7
     most: int = 51
     block: float = 3e-3
@@ -70,6 +72,13 @@ def calls_a_block(call: Call, effort: Effort) -> int:
     return max(1, min(5000, round(effort.block * 1e9 / max(shortest, 1))))
 
 
+def enough(effort: Effort, blocks: int, seconds: float) -> bool:
+    """Whether a pair that has so many blocks a side after so long needs no more."""
+    if seconds >= effort.longest and blocks >= min(3, effort.fewest):
+        return True
+    return blocks >= effort.fewest and (blocks >= effort.most or seconds >= effort.seconds)
+
+
 def pair(a: Call, b: Call, a_samples: Samples, b_samples: Samples, effort: Effort) -> float:
     """How many times as long ``b`` takes as ``a``: the median over pairs of blocks of the ratio of their medians.
 
@@ -80,9 +89,7 @@ def pair(a: Call, b: Call, a_samples: Samples, b_samples: Samples, effort: Effor
         sides = [(call, samples, calls_a_block(call, effort)) for call, samples in ((a, a_samples), (b, b_samples))]
         ratios: list[float] = []
         begin = time.perf_counter()
-        while len(ratios) < effort.fewest or (
-            len(ratios) < effort.most and time.perf_counter() - begin < effort.seconds
-        ):
+        while not enough(effort, len(ratios), time.perf_counter() - begin):
             medians = [0.0, 0.0]
             for at in (0, 1) if len(ratios) % 2 == 0 else (1, 0):
                 call, samples, count = sides[at]

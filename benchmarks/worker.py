@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import ours
 import peers
@@ -88,7 +88,7 @@ def measure(row: Row, effort: Effort, leave_out: Mapping[str, str]) -> Result:
                 result.way = name
         result.way = result.way or (running[0] if running else "")
         for name in theirs:
-            brief = Effort(0.0, 3, 3, effort.block, effort.rest) if name == HAND_WRITTEN else effort
+            brief = replace(effort, seconds=0.0, fewest=3) if name == HAND_WRITTEN else effort
             if result.way:
                 result.ratios[name] = measurement.compare(result.way, name, brief)
             else:  # there is nothing to compare with; the peer's time is of use all the same

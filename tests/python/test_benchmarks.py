@@ -248,12 +248,19 @@ def test_a_pair_is_compared_by_blocks_in_turn(monkeypatch):
     clock = SimpleNamespace(perf_counter_ns=lambda: now[0], perf_counter=lambda: now[0] * 1e-9, sleep=lambda _: None)
     monkeypatch.setattr(timing, "time", clock)
     a, b = timing.Samples(7), timing.Samples(8)
-    ratio = timing.pair(call("a", 1000), call("b", 3000), a, b, timing.Effort(0.0, 9, 9, 30e-6))
+    ratio = timing.pair(call("a", 1000), call("b", 3000), a, b, timing.Effort(0.0, fewest=9, most=9, block=30e-6))
     assert ratio == 3.0
     assert len(a.ns) == 9 * 30 and len(b.ns) == 9 * 10
     blocks = "".join(order).replace("a" * 31, "A").replace("b" * 11, "B")
     assert "ABBAABBA" in blocks.replace("aaa", "").replace("bbb", "")
     assert a.timing().median == 1.0 and a.timing().first == 7e-3
+
+
+def test_slow_calls_end_early_but_not_before_three_blocks():
+    effort = timing.Effort(seconds=1.0, longest=8.0, fewest=7, most=9)
+    assert not timing.enough(effort, 2, 100.0) and timing.enough(effort, 3, 8.0)
+    assert not timing.enough(effort, 6, 7.9) and timing.enough(effort, 7, 1.0)
+    assert not timing.enough(effort, 8, 0.9) and timing.enough(effort, 9, 0.0)
 
 
 def test_latencies_of_the_programs_are_read():
