@@ -129,7 +129,8 @@ def run(rows: Sequence[Row], quick: bool, output: Path | None, readme: bool, pro
     """Measure, print and write; the exit code."""
     about = describe()
     if about["load"] > 0.5:
-        print(f"warning: the machine was busy in the last minute (load {about["load"]:.1f}); what runs beside this spoils its figures", file=sys.stderr)
+        busy = f"the machine was busy in the last minute (load {about['load']:.1f})"
+        print(f"warning: {busy}; what runs beside this spoils its figures", file=sys.stderr)
     build = ROOT / "build" / "bench"
     rates, vectors = measure_rates(HERE / "rates.cpp", build, 20 if quick else 100)
     places = {"directory": programs, "source": str(ROOT), "build": str(build)}
