@@ -1,7 +1,8 @@
 """One row as a problem: weights, input and the answer that torch gives in float64."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,9 +97,9 @@ def as_array(y: Tensor | PackedSequence) -> NDArray[np.float64]:
     return values
 
 
-class quiet(warnings.catch_warnings):
+@contextmanager
+def quiet() -> Iterator[None]:
     """torch's deprecations and hints are no news here."""
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        yield

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import typer
 from machine import describe, file_name, measure_rates
 from peers import SLOW_TO_BUILD
-from report import Report, as_json, plot, print_report, write_readme
+from report import Report, as_json, plot, print_report, read_marked, write_readme
 from rich.console import Console
 from rows import Result, Row, Timing, judge, pick
 from timing import Effort
@@ -116,8 +116,10 @@ def main(
             for row in rows:
                 print(f"{row.section}: {row.name}")
             return
-        if readme and (only or quick):
-            raise ValueError("expected --readme with all rows in full; got --only or --quick beside it; leave them out")
+        if readme and (only or quick or output):
+            raise ValueError("expected --readme alone: it takes in all rows and the plot; leave the other options out")
+        if readme:
+            read_marked(ROOT / "README.md")
         code = run(rows, quick, output, readme, programs)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -229,11 +229,11 @@ def markdown(report: Report, plot: str) -> str:
 BLOCK = re.compile(r"(?<=<!-- table of cpu speed -->\n).*?(?=<!-- end of cpu speed -->)", re.DOTALL)
 
 
-def write_readme(report: Report, readme: Path, plot: Path) -> None:
-    """Put the tables between the marks of a README.
+def read_marked(readme: Path) -> str:
+    """The text of a README that has a place for the tables.
 
     Raises:
-        ValueError: it has no such marks.
+        ValueError: it has none.
     """
     text = readme.read_text(encoding="utf-8")
     if not BLOCK.search(text):
@@ -241,6 +241,12 @@ def write_readme(report: Report, readme: Path, plot: Path) -> None:
             f"expected the lines <!-- table of cpu speed --> and <!-- end of cpu speed --> in '{readme}'; got none; "
             "add them where the table belongs"
         )
+    return text
+
+
+def write_readme(report: Report, readme: Path, plot: Path) -> None:
+    """Put the tables between the marks of a README. ValueError if it has none."""
+    text = read_marked(readme)
     table = markdown(report, plot.relative_to(readme.parent).as_posix())
     readme.write_text(BLOCK.sub(lambda _: table + "\n", text), encoding="utf-8")
 
@@ -251,6 +257,8 @@ def plot(report: Report, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.fonttype"] = "none"  # text as text: a third of the size
 
     rows = [row for row in report.rows if report.results[row.name].ours]
     names = [row.name for row in rows]

@@ -100,7 +100,7 @@ def test_the_table_and_the_plot_come_out(tiny):
     ("arguments", "says"),
     [
         (["--only", "nonsense"], "expected sections (inference, "),
-        (["--readme", "--quick"], "expected --readme with all rows in full"),
+        (["--readme", "--quick"], "expected --readme alone"),
     ],
 )
 def test_bad_arguments_give_one_line(arguments, says):
