@@ -1,6 +1,8 @@
 # Two commands do everything on a machine with Python 3.10 or later and a C++ compiler:
 #   make demo   train on the sample series, export, run everywhere, agreement table, plot
 #   make test   all checks and tests
+# and a third measures:
+#   make bench  cellstep beside its peers on this machine's CPU; exit code 1 where a row falls short
 # PYTHON picks the interpreter. TORCH picks the torch to install: pip takes a CPU build of it where it can find one.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,9 +11,9 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
-CXX_FILES = $(shell find csrc examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
+CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo test venv lint format clean
+.PHONY: demo test bench venv lint format clean
 
 venv: .venv/.installed
 
@@ -38,6 +40,14 @@ demo: venv
 
 test: venv lint
 	$(BIN)/pytest
+
+# BENCH takes options of benchmarks/cpu.py, such as --quick or --readme.
+bench: .venv/.bench
+	@$(BIN)/python benchmarks/cpu.py $(BENCH)
+
+.venv/.bench: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[bench]"
+	@touch $@
 
 lint: venv
 	$(BIN)/ruff check .
