@@ -344,15 +344,22 @@ struct Schedule {
     bool alone() const { return row_shares > 1 || wavefront; }
 };
 
-/// Rows (steps times batch) of a chunk: enough for the matrix product, few enough to stay in cache.
+/// Rows (steps times batch) of a chunk where the batch alone is too small for the matrix product.
 constexpr std::size_t chunk_rows = 64;
+/// Values that a layer may give in a chunk and still find in cache when the next one reads them.
+constexpr std::size_t chunk_values = 1u << 16;
+/// Steps from which on a longer chunk saves nothing.
+constexpr std::size_t longest_chunk = 64;
+
 /// Multiply-adds that are worth waking another thread for, some 20 us of work.
 constexpr std::size_t worth_a_thread = 1u << 20;
 /// Weights of a layer that every thread can keep in a cache of its own.
 constexpr std::size_t cached_weights = 1u << 18;
 
 Schedule make_schedule(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
-    const std::size_t chunk = batch < chunk_rows ? chunk_rows / batch : 1;
+    const std::size_t kept = chunk_values / (batch * widest_row(image));
+    std::size_t chunk = batch < chunk_rows ? chunk_rows / batch : 1;
+    if (chunk < kept) chunk = kept < longest_chunk ? kept : longest_chunk;
     Schedule schedule{1, is_bidirectional(image) || steps < chunk ? steps : chunk, false};
     if (!parallel || parallel->threads < 2) return schedule;
     std::size_t layers = 0;
