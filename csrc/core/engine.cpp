@@ -274,6 +274,11 @@ void scale_input(const Image& image, const ModelRun<T>& run, std::size_t begin, 
         for (std::size_t row = 0; row < run.batch; ++row) {
             const T* source = run.x.data + static_cast<std::ptrdiff_t>(begin + step) * run.x.step_stride +
                               static_cast<std::ptrdiff_t>(row) * run.x.row_stride;
+            if (!offset && run.x.feature_stride == 1) {
+                std::memcpy(rows, source, inputs * sizeof(T));
+                rows += inputs;
+                continue;
+            }
             for (std::size_t k = 0; k < inputs; ++k, source += run.x.feature_stride)
                 *rows++ = offset ? (*source - offset[k]) * offset[inputs + k] : *source;
         }
@@ -311,6 +316,10 @@ void write_answers(const Image& image, const ModelRun<T>& run, std::size_t first
         for (std::size_t row = 0; row < run.batch; ++row, rows += outputs) {
             T* target = y + static_cast<std::ptrdiff_t>(step) * run.y.step_stride +
                         static_cast<std::ptrdiff_t>(row) * run.y.row_stride;
+            if (!offset && !columns) {
+                std::memcpy(target, rows, outputs * sizeof(T));
+                continue;
+            }
             const T* x = run.x.data + static_cast<std::ptrdiff_t>(first + step) * run.x.step_stride +
                          static_cast<std::ptrdiff_t>(row) * run.x.row_stride;
             for (std::size_t k = 0; k < outputs; ++k) {
