@@ -1,6 +1,9 @@
 #include "core/engine.h"
 
+#include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <vector>
 
 #include "ops/operators.h"
 #include "ops/threads.h"
@@ -10,68 +13,64 @@ namespace ops {
 
 namespace {
 
-/// Rows of a batch, all with the same number of steps.
-struct Rows {
-    std::int64_t first;
-    std::int64_t count;
-    std::int64_t steps;
+/// x (N, T, I), h and c, updated in place, and y (N, T, O) or (N, O), from row `first` and step `begin` on.
+struct Window {
+    std::size_t first;
+    std::size_t rows;
+    std::size_t begin;
+    std::size_t steps;
 };
 
 template <class T>
-void run(const core::Image& image, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& y,
-         core::Answers answers, const std::optional<Tensor>& lengths, const std::optional<Tensor>& reset) {
-    const std::int64_t batch = x.size(0);
-    const std::int64_t steps = x.size(1);
-    const Threads threads;
-    const auto call = [&](const Rows& rows, T* state_h, T* state_c) {
-        const std::size_t count = static_cast<std::size_t>(rows.count);
-        const std::size_t length = static_cast<std::size_t>(rows.steps);
-        const auto memory = scratch<T>(core::model_scratch<T>(image, length, count, threads.get()));
-        core::run_model<T>(
-            image,
-            {length,
-             count,
-             {data<T>(x) + rows.first * x.stride(0), x.stride(1), x.stride(0), x.stride(2)},
-             count,
-             state_h,
-             state_c,
-             {mutable_data<T>(y) + rows.first * y.stride(0), y.dim() == 3 ? y.stride(1) : 0, y.stride(0)},
-             answers,
-             reset ? data<unsigned char>(*reset) + rows.first * reset->stride(0) : nullptr,
-             reset ? reset->stride(1) : 0,
-             reset ? reset->stride(0) : 0,
-             threads.get()},
-            memory.get());
-    };
-    T* all_h = mutable_data<T>(h);
-    T* all_c = mutable_data<T>(c);
-    if (!lengths) return call({0, batch, steps}, all_h, all_c);
-
-    // Row by row: no bit of a row hangs on the others. A row without a step is answered with zeros, as padding is.
+void run_window(const core::Image& image, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& y,
+                core::Answers answers, const std::optional<Tensor>& reset, const Window& window,
+                const core::Parallel* parallel) {
     const core::ImageHeader& header = image.header();
-    const std::size_t layers = header.state_layers;
-    const auto row_h = scratch<T>(layers * header.h_size);
-    const auto row_c = scratch<T>(layers * header.c_size);
-    const auto copy = [&](T* row, T* all, std::int64_t place, std::size_t size, bool back) {
-        for (std::size_t layer = 0; layer < layers; ++layer, row += size) {
-            T* in_batch = all + (layer * static_cast<std::size_t>(batch) + static_cast<std::size_t>(place)) * size;
-            std::memcpy(back ? in_batch : row, back ? row : in_batch, size * sizeof(T));
-        }
-    };
-    for (std::int64_t row = 0; row < batch; ++row) {
-        const std::int64_t length = data<std::int64_t>(*lengths)[row];
-        if (length == 0) continue;
-        copy(row_h.get(), all_h, row, header.h_size, false);
-        copy(row_c.get(), all_c, row, header.c_size, false);
-        call({row, 1, length}, row_h.get(), row_c.get());
-        copy(row_h.get(), all_h, row, header.h_size, true);
-        copy(row_c.get(), all_c, row, header.c_size, true);
-    }
+    const auto first = static_cast<std::ptrdiff_t>(window.first);
+    const auto begin = static_cast<std::ptrdiff_t>(window.begin);
+    const bool every = y.dim() == 3;
+    const auto memory = scratch<T>(core::model_scratch<T>(image, window.steps, window.rows, parallel));
+    core::run_model<T>(
+        image,
+        {window.steps,
+         window.rows,
+         {data<T>(x) + first * x.stride(0) + begin * x.stride(1), x.stride(1), x.stride(0), x.stride(2)},
+         size(x, 0),
+         mutable_data<T>(h) + window.first * header.h_size,
+         mutable_data<T>(c) + window.first * header.c_size,
+         {mutable_data<T>(y) + first * y.stride(0) + (every ? begin * y.stride(1) : 0), every ? y.stride(1) : 0,
+          y.stride(0)},
+         answers,
+         reset ? data<unsigned char>(*reset) + first * reset->stride(0) + begin * reset->stride(1) : nullptr,
+         reset ? reset->stride(1) : 0,
+         reset ? reset->stride(0) : 0,
+         parallel},
+        memory.get());
 }
 
-}  // namespace
-
-namespace {
+/// Rows of any lengths, of which the longest come first. A stretch of steps takes the rows that are still running, so
+/// that nothing is spent on padding; each row's answer is that of its last stretch. A bidirectional model needs the
+/// whole of a row at once.
+template <class T>
+void run_ragged(const core::Image& image, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& y,
+                core::Answers answers, const std::vector<std::int64_t>& lengths, const std::optional<Tensor>& reset,
+                const core::Parallel* parallel) {
+    if (core::is_bidirectional(image)) {
+        for (std::size_t row = 0; row < lengths.size() && lengths[row] > 0; ++row)
+            run_window<T>(image, x, h, c, y, answers, reset, {row, 1, 0, static_cast<std::size_t>(lengths[row])},
+                          parallel);
+        return;
+    }
+    std::int64_t begin = 0;
+    for (std::size_t rows = lengths.size(); rows > 0;) {
+        const std::int64_t end = lengths[rows - 1];
+        if (end > begin)
+            run_window<T>(image, x, h, c, y, answers, reset,
+                          {0, rows, static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin)}, parallel);
+        begin = end;
+        while (rows > 0 && lengths[rows - 1] == end) --rows;
+    }
+}
 
 /// The image in a tensor, checked against the dtype of x.
 core::Image opened(const char* op, const Tensor& image, const Tensor& x) {
@@ -108,6 +107,41 @@ std::pair<Tensor, Tensor> begin_state(const char* op, const core::Image& model, 
     return {h_0, c_0};
 }
 
+/// Rows by falling length.
+std::vector<std::int64_t> longest_first(const Tensor& lengths) {
+    std::vector<std::int64_t> order(size(lengths, 0));
+    std::iota(order.begin(), order.end(), std::int64_t{0});
+    const std::int64_t* length = data<std::int64_t>(lengths);
+    std::stable_sort(order.begin(), order.end(),
+                     [length](std::int64_t a, std::int64_t b) { return length[a] > length[b]; });
+    return order;
+}
+
+std::vector<std::int64_t> inverse(const std::vector<std::int64_t>& order) {
+    std::vector<std::int64_t> back(order.size());
+    for (std::size_t at = 0; at < order.size(); ++at)
+        back[static_cast<std::size_t>(order[at])] = static_cast<std::int64_t>(at);
+    return back;
+}
+
+/// A contiguous copy with the slices along `dim` in another order.
+Tensor in_order(const Tensor& tensor, std::int64_t dim, const std::vector<std::int64_t>& order) {
+    const Tensor source = as_contiguous(tensor);
+    const Tensor target = torch::stable::empty_like(source);
+    const std::size_t count = order.size();
+    const std::size_t outer = dim == 0 ? 1 : size(source, 0);
+    const std::size_t bytes = count == 0 ? 0
+                                         : static_cast<std::size_t>(source.numel()) / (outer * count) *
+                                               static_cast<std::size_t>(source.element_size());
+    const auto* from = static_cast<const unsigned char*>(source.const_data_ptr());
+    auto* to = static_cast<unsigned char*>(target.mutable_data_ptr());
+    for (std::size_t block = 0; block < outer; ++block)
+        for (std::size_t at = 0; at < count; ++at)
+            std::memcpy(to + (block * count + at) * bytes,
+                        from + (block * count + static_cast<std::size_t>(order[at])) * bytes, bytes);
+    return target;
+}
+
 /// (N, T, K) for a (T, N, K), or back, in the same memory.
 Tensor swapped(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
 
@@ -125,9 +159,10 @@ std::tuple<Tensor, Tensor, Tensor> lstm_stack(Tensor image, Tensor x, std::optio
     check_argument(op, "x", x, x, {x.size(0), x.size(1), inputs});
     const auto [h_n, c_n] = begin_state(op, model, x, batch, h, c);
     const Tensor y = empty(x, {x.size(0), x.size(1), model.header().output_size});
-    const auto kernel = is_float(x) ? run<float> : run<double>;
+    const Threads threads;
+    const auto kernel = is_float(x) ? run_window<float> : run_window<double>;
     kernel(model, batch_first ? x : swapped(x), h_n, c_n, batch_first ? y : swapped(y), core::Answers::every,
-           std::nullopt, std::nullopt);
+           std::nullopt, {0, static_cast<std::size_t>(batch), 0, static_cast<std::size_t>(steps)}, threads.get());
     return {y, h_n, c_n};
 }
 
@@ -163,10 +198,28 @@ std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, std::option
     const auto [h_n, c_n] = begin_state(op, model, x, batch, h, c);
     const bool every = answers == 0;
     Tensor y = every ? empty(x, {batch, steps, output_size}) : empty(x, {batch, output_size});
-    if (lengths) torch::stable::zero_(y);
-    const auto kernel = is_float(x) ? run<float> : run<double>;
-    kernel(model, x, h_n, c_n, y, static_cast<core::Answers>(answers), lengths, reset);
-    return {y, h_n, c_n};
+    const Threads threads;
+    const auto kind = static_cast<core::Answers>(answers);
+    if (!lengths) {
+        const auto kernel = is_float(x) ? run_window<float> : run_window<double>;
+        kernel(model, x, h_n, c_n, y, kind, reset,
+               {0, static_cast<std::size_t>(batch), 0, static_cast<std::size_t>(steps)}, threads.get());
+        return {y, h_n, c_n};
+    }
+    // A row without a step is answered with zeros, as padding is.
+    torch::stable::zero_(y);
+    const std::vector<std::int64_t> order = longest_first(*lengths);
+    std::vector<std::int64_t> sorted;
+    for (const std::int64_t row : order) sorted.push_back(data<std::int64_t>(*lengths)[row]);
+    const Tensor x_sorted = in_order(x, 0, order);
+    const Tensor h_sorted = in_order(h_n, 1, order);
+    const Tensor c_sorted = in_order(c_n, 1, order);
+    Tensor y_sorted = in_order(y, 0, order);
+    const std::optional<Tensor> reset_sorted = reset ? std::optional(in_order(*reset, 0, order)) : std::nullopt;
+    const auto kernel = is_float(x) ? run_ragged<float> : run_ragged<double>;
+    kernel(model, x_sorted, h_sorted, c_sorted, y_sorted, kind, sorted, reset_sorted, threads.get());
+    const std::vector<std::int64_t> back = inverse(order);
+    return {in_order(y_sorted, 0, back), in_order(h_sorted, 1, back), in_order(c_sorted, 1, back)};
 }
 
 }  // namespace ops
