@@ -1,0 +1,150 @@
+"""Low-precision weights of the deploy file: how they are rounded, and the panels of ``csrc/core/pack.h`` they fill.
+
+int8 weights are rounded by row: of the matrix that the inputs meet, once the scale of each input is folded into its
+column, and of the one that the hidden values meet. A gate's sum is then
+
+    bias + scale_x * sum(q_ih * round(x * inverse_x)) + scale_h * sum(q_hh * round(h * inverse_h))
+
+with rounded values clipped to 127 in magnitude (symmetric quantization as in Jacob et al. 2018, "Quantization and
+Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", without zero points).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cellstep import _runtime
+
+#: In the order of their layouts in the file, the first of which is 1.
+WEIGHTS = ("float32", "bfloat16", "float16", "int8")
+
+_Array = NDArray[Any]
+_MOST = 127
+_MOST_INT8_VALUES = 1 << 17  # so many products of int8 sum up to less than 2^31
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Largest magnitudes of what one direction of a layer reads: of each input (input_size), and of any hidden value."""
+
+    inputs: _Array
+    hidden: float
+
+
+@dataclass(frozen=True)
+class _Int8:
+    inverse_x: _Array  # (input_size) float32
+    inverse_h: np.float32
+    q_ih: _Array  # (rows, input_size), whole numbers in float32, like q_hh
+    q_hh: _Array
+    scale_x: _Array  # (rows) float32
+    scale_h: _Array
+
+
+def stored_weights(weights: str, weight_ih: _Array, weight_hh: _Array, ranges: Ranges | None) -> tuple[_Array, _Array]:
+    """The two matrices as they are stored, in float64."""
+    if weights == "int8":
+        assert ranges is not None
+        rounded = _int8(weight_ih, weight_hh, ranges)
+        return (
+            rounded.q_ih * rounded.scale_x[:, None].astype(np.float64) * rounded.inverse_x,
+            rounded.q_hh * rounded.scale_h[:, None].astype(np.float64) * rounded.inverse_h,
+        )
+    ih, hh = (_rounded(weights, weight) for weight in (weight_ih, weight_hh))
+    return ih.astype(np.float64), hh.astype(np.float64)
+
+
+def pack_weights(
+    weights: str,
+    weight_ih: _Array,
+    weight_hh: _Array,
+    bias_ih: _Array | None,
+    bias_hh: _Array | None,
+    coupled: bool,
+    ranges: Ranges | None,
+) -> bytes:
+    """One direction of a layer in the layout of ``csrc/core/pack.h``; rows of the arguments are gates i, f, g, o.
+
+    Raises:
+        ValueError: a weight does not fit the type, or a layer is too wide for int8.
+    """
+    units = weight_hh.shape[0] // (3 if coupled else 4)
+    inputs, recurrent = weight_ih.shape[1], weight_hh.shape[1]
+    if weights == "float32":
+        packed: bytes = _runtime.pack_layer(weight_ih, weight_hh, bias_ih, bias_hh, coupled).tobytes()
+        return packed
+    if weights != "int8":
+        rounded = (_rounded(weights, weight) for weight in (weight_ih, weight_hh))
+        flat = _runtime.pack_layer(*rounded, bias_ih, bias_hh, coupled)
+        return b"".join(
+            panel[0].tobytes() + _halves(weights, panel[1:]).tobytes()
+            for panel in _panels(flat, units, 1 + inputs + recurrent)
+        )
+    assert ranges is not None
+    q = _int8(weight_ih, weight_hh, ranges)
+    # The scales travel through the packing as two more inputs.
+    wide = np.concatenate([q.scale_x[:, None], q.scale_h[:, None], q.q_ih], 1)
+    flat = _runtime.pack_layer(wide, q.q_hh, bias_ih, bias_hh, coupled)
+    inverse = np.append(q.inverse_x, q.inverse_h)
+    data = np.append(inverse, np.zeros(-inverse.size % 16, np.float32)).astype(np.float32).tobytes()
+    for panel in _panels(flat, units, 3 + inputs + recurrent):
+        parts = [panel[3 : 3 + inputs], panel[3 + inputs :]]
+        data += panel[:3].tobytes()
+        data += b"".join((-128 * part.sum(0)).astype(np.int32).tobytes() for part in parts)
+        for part in parts:
+            whole = np.pad(part, ((0, -len(part) % 4), (0, 0))).astype(np.int8)
+            data += whole.reshape(-1, 4, panel.shape[1]).swapaxes(1, 2).tobytes()
+    return data
+
+
+def _rounded(weights: str, weight: _Array) -> _Array:
+    if weights == "float32":
+        return weight
+    dtype = torch.bfloat16 if weights == "bfloat16" else torch.float16
+    rounded: _Array = torch.from_numpy(weight).to(dtype).float().numpy()
+    if not np.isfinite(rounded).all():
+        largest = np.abs(weight).max()
+        raise ValueError(f"expected weights that {weights} can hold; got one of {largest:.6g}; choose bfloat16 or int8")
+    return rounded
+
+
+def _halves(weights: str, values: _Array) -> _Array:
+    if weights == "float16":
+        return values.astype(np.float16)
+    upper: _Array = (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
+    return upper
+
+
+def _int8(weight_ih: _Array, weight_hh: _Array, ranges: Ranges) -> _Int8:
+    if max(weight_ih.shape[1], weight_hh.shape[1]) > _MOST_INT8_VALUES:
+        raise ValueError(
+            f"expected at most {_MOST_INT8_VALUES} inputs and hidden values for int8 weights; got "
+            f"{max(weight_ih.shape[1], weight_hh.shape[1])}; choose bfloat16 or float16"
+        )
+    inverse_x = (_MOST / ranges.inputs.astype(np.float64)).astype(np.float32)
+    inverse_h = np.float32(_MOST / ranges.hidden)
+    q_ih, scale_x = _rows(weight_ih / inverse_x.astype(np.float64))
+    q_hh, scale_h = _rows(weight_hh / np.float64(inverse_h))
+    return _Int8(inverse_x, inverse_h, q_ih, q_hh, scale_x, scale_h)
+
+
+def _rows(weight: _Array) -> tuple[_Array, _Array]:
+    """Whole numbers and the scale of each row."""
+    scale = (np.abs(weight).max(1) / _MOST).astype(np.float32)
+    divisor = np.where(scale > 0, scale, 1).astype(np.float64)
+    whole = np.clip(np.rint(weight / divisor[:, None]), -_MOST, _MOST)
+    return whole.astype(np.float32), scale
+
+
+def _panels(flat: _Array, units: int, rows: int) -> Iterator[_Array]:
+    """The panels of a packed float layer, (rows, 4 * width) each."""
+    at = 0
+    while units > 0:
+        width = 16 if units > 12 else 8 if units > 4 else 4
+        yield flat[at : at + rows * 4 * width].reshape(rows, 4 * width)
+        at += rows * 4 * width
+        units -= width

@@ -1,0 +1,136 @@
+"""Low precision for inference: the matrices of LSTM layers in bfloat16, float16 or int8."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from cellstep.exporters.torchscript import PackedChain
+from cellstep.exporters.weights import WEIGHTS, Ranges
+from cellstep.nn import LSTM, Chain
+
+_BATCH = 64
+#: Without calibration data the inputs are noise, whose largest value is short of what data of that deviation may hold.
+_NOISE_MARGIN = 1.25
+
+#: Largest difference from the float32 model, relative to the range of its outputs, that verify lets pass.
+TOLERANCES = {"bfloat16": 2e-2, "float16": 2e-3, "int8": 5e-2}
+
+
+def quantize(model: Chain, weights: str = "int8", calibration: ArrayLike | Tensor | None = None) -> PackedChain:
+    """A copy of a float32 model for inference, whose LSTM layers have narrow weights.
+
+    The copy has the methods of a chain (``forward``, ``answer``, ``run``, ``step``, ``initial_state``, ``reset``),
+    can be scripted, and :func:`cellstep.export` writes it as ``.cellstep`` and ``.pt``. State, biases, peepholes,
+    projections and dense layers stay float32, and so do the sums that the weights go into. As ever, no bit of an
+    answer hangs on how a stream is cut into calls or on the rest of the batch.
+
+    Args:
+        weights: "bfloat16" and "float16" round each weight and halve the file; "int8" rounds each row of a matrix to
+            multiples of 1/127 of its largest weight, and what the matrix is multiplied with as well.
+        calibration: (N, T, input_size) windows, in the units of the data, that say for "int8" how large the inputs of
+            each layer and its hidden values become: the largest magnitude seen, per input, past which values are
+            clipped. Without them standard normal noise in the units of the model's scaling is run, with a margin of a
+            quarter, and hidden values are let be as large as 1.
+
+    Raises:
+        TypeError: ``model`` is no chain.
+        ValueError: the type is unknown, the model is not float32, its weights are not finite or do not fit float16, or
+            the calibration has another shape or values that are not finite.
+    """
+    if isinstance(model, LSTM):
+        raise TypeError('expected a cellstep.nn.Chain; got an LSTM alone; wrap it: Chain(lstm, answers="every")')
+    if not isinstance(model, Chain):
+        raise TypeError(f"expected a cellstep.nn.Chain; got {type(model).__name__}; put its layers into a Chain")
+    if weights not in WEIGHTS[1:]:
+        raise ValueError(f"expected weights of {', '.join(WEIGHTS[1:])}; got {weights!r}; choose one")
+    if model.dtype != torch.float32:
+        raise ValueError(f"expected a float32 model to quantize; got {model.dtype}; use model.float()")
+    windows = None if calibration is None else _windows(model, calibration)
+    return PackedChain(model, weights, _ranges(model, windows) if weights == "int8" else None)
+
+
+def _windows(model: Chain, calibration: ArrayLike | Tensor) -> Tensor:
+    if isinstance(calibration, Tensor):
+        calibration = calibration.detach().cpu()
+    windows = torch.as_tensor(np.asarray(calibration, np.float32))
+    if windows.dim() != 3 or windows.shape[2] != model.input_size or 0 in windows.shape:
+        raise ValueError(
+            f"expected calibration windows of shape (N, T, {model.input_size}); got {tuple(windows.shape)}; check the "
+            "features"
+        )
+    if not windows.isfinite().all():
+        raise ValueError("expected finite calibration windows; got NaN or infinity; leave out those windows")
+    return windows
+
+
+@torch.no_grad()
+def _ranges(model: Chain, windows: Tensor | None) -> list[list[Ranges]]:
+    """Of each direction of each layer; the layers are run one by one over all windows."""
+    chain = model.reference().cpu()
+    bounded = windows is None
+    if windows is None:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(64, model.window or 32, model.input_size, generator=generator)
+        y = noise * (_NOISE_MARGIN * (chain.input_scale != 0))
+    else:
+        y = (windows - chain.input_offset) * chain.input_scale
+    for dense in chain.encoder:
+        y = dense(y)
+    ranges = []
+    for lstm in chain.lstms:
+        for layer, single in enumerate(_single_layers(lstm)):
+            parts = [single(part) for part in y.split(_BATCH)]
+            outputs = torch.cat([part[0] for part in parts])
+            h = outputs.split(lstm.proj_size or lstm.hidden_size, 2)[: 2 if lstm.bidirectional else 1]
+            first = [single.initial_h[place].abs().max().item() if lstm.learn_initial_state else 0.0 for place, _ in enumerate(h)]
+            inputs = _largest(y)
+            hidden = [max(part.abs().max().item(), start) for part, start in zip(h, first, strict=True)]
+            if bounded and _keeps_to_one(lstm):
+                hidden = [max(1.0, start) for start in first]
+            ranges.append([Ranges(inputs, span or 1.0) for span in hidden])
+            y = outputs + y if lstm.residual and layer > 0 else outputs
+            if single.return_cell_states:
+                y = torch.cat([y, torch.cat([part[2] for part in parts])], 2)
+    return ranges
+
+
+def _largest(y: Tensor) -> np.ndarray[Any, Any]:
+    """Largest magnitude of each value of a step; that of all where one is always zero, so that it has a scale."""
+    largest = y.abs().amax((0, 1)).double().numpy()
+    return np.where(largest > 0, largest, largest.max() or 1.0)
+
+
+def _keeps_to_one(lstm: LSTM) -> bool:
+    """Whether no hidden value can be past 1 in magnitude."""
+    return lstm.proj_size == 0 and lstm.output_activation in ("tanh", "sigmoid", "hard_sigmoid", "hardsigmoid") 
+
+
+def _single_layers(lstm: LSTM) -> Iterator[LSTM]:
+    """The layers of a stack as LSTMs of their own, batch first and without the residual sum."""
+    for layer in range(lstm.num_layers):
+        options: dict[str, Any] = {
+            **lstm.configuration(),
+            "input_size": lstm.layer_parameters(layer)["weight_ih"].shape[1],
+            "num_layers": 1,
+            "batch_first": True,
+            "dropout": 0.0,
+            "residual": False,
+            "forget_bias": None,
+            "return_cell_states": lstm.return_cell_states and layer + 1 == lstm.num_layers,
+        }
+        single = LSTM(**options).eval()
+        single.use_ops = lstm.use_ops  # type: ignore[misc]
+        directions = 2 if lstm.bidirectional else 1
+        for reverse in range(directions):
+            source = lstm.layer_parameters(layer, bool(reverse))
+            for name, target in single.layer_parameters(0, bool(reverse)).items():
+                target.copy_(source[name])
+        if lstm.learn_initial_state:
+            rows = slice(layer * directions, (layer + 1) * directions)
+            single.initial_h.copy_(lstm.initial_h[rows])
+            single.initial_c.copy_(lstm.initial_c[rows])
+        yield single
