@@ -25,8 +25,8 @@ struct Choice {
 
 #if defined(CELLSTEP_MANY_ISAS)
 // The products of int8 weights, for machines that have instructions for them.
-#define CELLSTEP_DECLARE_INT8(isa)                      \
-    namespace isa {                                     \
+#define CELLSTEP_DECLARE_INT8(isa)                       \
+    namespace isa {                                      \
     extern void (*const kernel)(const Int8Step<float>&); \
     }
 CELLSTEP_DECLARE_INT8(avx2vnni)

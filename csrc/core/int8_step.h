@@ -155,8 +155,8 @@ inline void int8_sums(const Int8Rows& rows, std::size_t row, std::size_t groups,
     const unsigned char* values = rows.values + row * rows.stride;
     const auto add = [&](std::size_t group, int set) {
         for (int r = 0; r < Rows; ++r) {
-            const auto four = Int8Dot::values(load<std::int32_t>(values + static_cast<std::size_t>(r) * rows.stride +
-                                                                 4 * group));
+            const auto four =
+                Int8Dot::values(load<std::int32_t>(values + static_cast<std::size_t>(r) * rows.stride + 4 * group));
             for (int v = 0; v < Vectors; ++v)
                 sum[set][r][v] = Int8Dot::add(sum[set][r][v], four, weights + group * weight_stride + 4 * lanes * v);
         }

@@ -45,10 +45,12 @@ inline void step_backward(const StepBackward<T>& s) {
     }
 }
 
-extern const Kernels<float> kernels_float = {product<float>,         widen_weights<float>, step<float>, int8_step,
-                                             step_backward<float>,   variant_sweep<float>, apply_activation<float>};
-extern const Kernels<double> kernels_double = {product<double>,       widen_weights<double>, step<double>, nullptr,
-                                               step_backward<double>, variant_sweep<double>, apply_activation<double>};
+extern const Kernels<float> kernels_float = {
+    product<float>,       widen_weights<float>,   step<float>, int8_step, step_backward<float>,
+    variant_sweep<float>, apply_activation<float>};
+extern const Kernels<double> kernels_double = {
+    product<double>,       widen_weights<double>,   step<double>, nullptr, step_backward<double>,
+    variant_sweep<double>, apply_activation<double>};
 
 }  // namespace CELLSTEP_ISA
 }  // namespace core

@@ -86,7 +86,10 @@ def _ranges(model: Chain, windows: Tensor | None) -> list[list[Ranges]]:
             parts = [single(part) for part in y.split(_BATCH)]
             outputs = torch.cat([part[0] for part in parts])
             h = outputs.split(lstm.proj_size or lstm.hidden_size, 2)[: 2 if lstm.bidirectional else 1]
-            first = [single.initial_h[place].abs().max().item() if lstm.learn_initial_state else 0.0 for place, _ in enumerate(h)]
+            first = [
+                single.initial_h[place].abs().max().item() if lstm.learn_initial_state else 0.0
+                for place, _ in enumerate(h)
+            ]
             inputs = _largest(y)
             hidden = [max(part.abs().max().item(), start) for part, start in zip(h, first, strict=True)]
             if bounded and _keeps_to_one(lstm):
@@ -106,7 +109,7 @@ def _largest(y: Tensor) -> np.ndarray[Any, Any]:
 
 def _keeps_to_one(lstm: LSTM) -> bool:
     """Whether no hidden value can be past 1 in magnitude."""
-    return lstm.proj_size == 0 and lstm.output_activation in ("tanh", "sigmoid", "hard_sigmoid", "hardsigmoid") 
+    return lstm.proj_size == 0 and lstm.output_activation in ("tanh", "sigmoid", "hard_sigmoid", "hardsigmoid")
 
 
 def _single_layers(lstm: LSTM) -> Iterator[LSTM]:

@@ -59,7 +59,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> No
                 f"expected a path that ends in .cellstep or .pt for a quantized model; got '{target}'; export the "
                 "model that it was made from"
             )
-        return writer(model, target, **options)
+        writer(model, target, **options)
+        return
     if isinstance(model, LSTM):
         model = Chain(model, answers="every").train(model.training)
     if not isinstance(model, Chain):

@@ -36,6 +36,7 @@ _TEST_TOLERANCE = 1e-5
 _TEST_TOLERANCE_INT8 = 5e-2
 
 _Array = NDArray[Any]
+_Ranges = Sequence[Sequence[Ranges | None]]  # of each direction of each layer
 
 
 @dataclass
@@ -69,7 +70,7 @@ def image(model: Chain, weights: str = "float32", ranges: list[list[Ranges]] | N
         ranges: for "int8", of each direction of each layer.
     """
     layers = [(lstm, layer) for lstm in model.lstms for layer in range(lstm.num_layers)]
-    spans: list[list[Ranges] | None] = [None] * len(layers) if ranges is None else list(ranges)
+    spans: _Ranges = [[None, None]] * len(layers) if ranges is None else ranges
     records = [_Record(_INPUT_SCALING, (model.input_size,), _bytes(model.input_offset, model.input_scale))]
     records += [_dense_record(dense) for dense in model.encoder]
     records += [_lstm_record(*place, weights, span) for place, span in zip(layers, spans, strict=True)]
@@ -91,7 +92,7 @@ def _dense_record(dense: Dense) -> _Record:
     return _Record(_DENSE, sizes, packed.tobytes(), _PACKED, activations=ACTIVATIONS.index(dense.activation))
 
 
-def _lstm_record(lstm: LSTM, layer: int, weights: str, ranges: list[Ranges] | None) -> _Record:
+def _lstm_record(lstm: LSTM, layer: int, weights: str, ranges: Sequence[Ranges | None]) -> _Record:
     flags = (
         _BIDIRECTIONAL * lstm.bidirectional
         | _PEEPHOLE * lstm.peephole
@@ -106,7 +107,7 @@ def _lstm_record(lstm: LSTM, layer: int, weights: str, ranges: list[Ranges] | No
     for reverse in range(directions):
         p = {name: _array(tensor) for name, tensor in lstm.layer_parameters(layer, bool(reverse)).items()}
         matrices = (p["weight_ih"], p["weight_hh"], p.get("bias_ih"), p.get("bias_hh"))
-        content += pack_weights(weights, *matrices, lstm.coupled, ranges and ranges[reverse])
+        content += pack_weights(weights, *matrices, lstm.coupled, ranges[reverse])
         parts: list[_Array] = []
         if lstm.proj_size:
             parts.append(p["weight_hr"].T)
@@ -152,7 +153,7 @@ def _encode(names: list[str]) -> bytes:
     return b"".join(name.encode() + b"\0" for name in names)
 
 
-def _with_stored_weights(model: Chain, weights: str, ranges: Sequence[list[Ranges] | None]) -> None:
+def _with_stored_weights(model: Chain, weights: str, ranges: _Ranges) -> None:
     """Gives a float64 copy of a model the weights as they are stored."""
     spans = iter(ranges)
     for lstm in model.lstms:
@@ -160,13 +161,13 @@ def _with_stored_weights(model: Chain, weights: str, ranges: Sequence[list[Range
             span = next(spans)
             for reverse in range(2 if lstm.bidirectional else 1):
                 p = lstm.layer_parameters(layer, bool(reverse))
-                matrices = (_array(p[name].float()) for name in ("weight_ih", "weight_hh"))
-                stored = stored_weights(weights, *matrices, span and span[reverse])
+                weight_ih, weight_hh = (_array(p[name].float()) for name in ("weight_ih", "weight_hh"))
+                stored = stored_weights(weights, weight_ih, weight_hh, span[reverse])
                 for name, values in zip(("weight_ih", "weight_hh"), stored, strict=True):
                     p[name].data.copy_(torch.from_numpy(values))
 
 
-def _test_vector(model: Chain, weights: str, ranges: Sequence[list[Ranges] | None]) -> bytes:
+def _test_vector(model: Chain, weights: str, ranges: _Ranges) -> bytes:
     """Tolerance, input and expected output, the last from torch's own operators in float64 on the stored weights.
 
     So it tells of the arithmetic where the file is run. What rounding the weights does to the model, verify tells.

@@ -50,9 +50,7 @@ class PackedChain(nn.Module):
     initial_h: Tensor
     initial_c: Tensor
 
-    def __init__(
-        self, model: Chain, weights: str = "float32", ranges: list[list[Ranges]] | None = None
-    ) -> None:
+    def __init__(self, model: Chain, weights: str = "float32", ranges: list[list[Ranges]] | None = None) -> None:
         super().__init__()
         self.input_size = model.input_size
         self.output_size = model.output_size
@@ -165,7 +163,8 @@ def export_torchscript(model: Chain | PackedChain, path: Path, standalone: bool 
         scripted = torch.jit.script(module)  # unfrozen: constants would not move between devices
     else:
         scripted = torch.jit.freeze(
-            torch.jit.script(packed(model) if isinstance(model, Chain) else model), preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _TENSORS
+            torch.jit.script(packed(model) if isinstance(model, Chain) else model),
+            preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _TENSORS,
         )
     with replacing(path) as temporary:
         # The version that wrote the file tells whoever lacks an operator what to install.

@@ -29,7 +29,7 @@ _MOST_INT8_VALUES = 1 << 17  # so many products of int8 sum up to less than 2^31
 
 @dataclass(frozen=True)
 class Ranges:
-    """Largest magnitudes of what one direction of a layer reads: of each input (input_size), and of any hidden value."""
+    """Largest magnitudes of what one direction of a layer reads: of each input (input_size), of any hidden value."""
 
     inputs: _Array
     hidden: float
@@ -78,8 +78,8 @@ def pack_weights(
         packed: bytes = _runtime.pack_layer(weight_ih, weight_hh, bias_ih, bias_hh, coupled).tobytes()
         return packed
     if weights != "int8":
-        rounded = (_rounded(weights, weight) for weight in (weight_ih, weight_hh))
-        flat = _runtime.pack_layer(*rounded, bias_ih, bias_hh, coupled)
+        ih, hh = (_rounded(weights, weight) for weight in (weight_ih, weight_hh))
+        flat = _runtime.pack_layer(ih, hh, bias_ih, bias_hh, coupled)
         return b"".join(
             panel[0].tobytes() + _halves(weights, panel[1:]).tobytes()
             for panel in _panels(flat, units, 1 + inputs + recurrent)
