@@ -258,7 +258,7 @@ bool int8_weights_fit(const unsigned char* weights, std::uint64_t groups, std::s
 ImageStatus check_narrow(WeightType type, const unsigned char* packed, std::size_t inputs, std::size_t units,
                          std::size_t recurrent) {
     ImageStatus status = ImageStatus::ok;
-    if (type == WeightType::int8) status = check_floats(packed, int8_scale_bytes(inputs));
+    if (type == WeightType::int8) status = check_floats(packed, int8_factor_bytes(inputs));
     const unsigned char* panel = first_panel(type, packed, inputs);
     std::size_t width = 0;
     for (std::size_t unit = 0; unit < units && status == ImageStatus::ok; unit += width) {

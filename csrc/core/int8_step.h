@@ -1,7 +1,9 @@
 /// The step of a layer with int8 weights, for the instruction set that a file is compiled for.
 ///
-/// Values are rounded to int8 as pack.h says, products are summed in int32 without overflow, and a gate sum is
-///   bias + scale_x * acc_x + scale_h * acc_h
+/// A row of values v, which are the inputs times their factors or the hidden values, becomes
+///   q = round(v * (127 / m)), ties to even, with m = max |v|, so that a quiet step is rounded as finely as a loud one;
+/// products of q with the weights are summed in int32 without overflow to acc, and a gate sum is
+///   bias + scale_x * (acc_x * (m_x / 127)) + scale_h * (acc_h * (m_h / 127))
 /// in multiply-adds of this order. The integers are exact, so that neither their order nor the instructions that form
 /// them are seen in the bits. What follows is step.h's: activations, and a state in float32, whose c has no bound.
 #pragma once
@@ -108,35 +110,52 @@ struct Int8Dot {
 };
 #endif
 
-/// Some rows of values as int8, each padded to whole vectors, and for each row zero, or NaN if one of its values is.
+/// Some rows of values as int8, each padded to whole vectors, and m / 127 of each row, NaN if one of its values is.
 struct Int8Rows {
     unsigned char* values = nullptr;
     std::size_t stride = 0;
-    float* marks = nullptr;
+    float* scales = nullptr;
 };
 
-/// Rounds a row: to its inverse scales, or to one for all if `single`. Returns what to mark the row with.
-inline float round_row(const float* row, std::size_t count, const float* inverse, bool single, unsigned char* rounded) {
+/// Rounds a row, whose values are multiplied by `factors` first unless that is null. Returns its scale.
+inline float round_row(const float* row, std::size_t count, const float* factors, unsigned char* rounded) {
     constexpr int lanes = native_lanes<float>;
     using V = Vector<float, lanes>;
     using I = Vector<std::int32_t, lanes>;
     using Bytes = Vector<unsigned char, lanes>;
+    const auto value = [&](std::size_t at) {
+        const V x = load_part<V>(row + at, count - at);
+        return factors ? x * load_part<V>(factors + at, count - at) : x;
+    };
+    V most{};
+    V strange{};
+    for (std::size_t at = 0; at < count; at += static_cast<std::size_t>(lanes)) {
+        const V v = value(at);
+        const V size = magnitude<float, lanes>(v);
+        most = size > most ? size : most;
+        strange += v == v ? V{} : v;
+    }
+    float largest = 0.0f;
+    float nan = 0.0f;
+    for (int lane = 0; lane < lanes; ++lane) {
+        largest = most[lane] > largest ? most[lane] : largest;
+        nan += strange[lane];
+    }
+    // Past these bounds a quotient would not be a number: all of a row may be taken for zero, and infinity be cut.
+    constexpr float least = 1e-30f;
+    constexpr float greatest = 3e38f;
+    largest = largest < least ? 0.0f : largest > greatest ? greatest : largest;
+    const V fine = broadcast<V>(largest > 0.0f ? 127.0f / largest : 0.0f);
     const V limit = broadcast<V>(127.0f);
     const V shift = broadcast<V>(ExpConstants<float>::round_to_int);
-    V marks{};
     for (std::size_t at = 0; at < count; at += static_cast<std::size_t>(lanes)) {
-        const V x = load_part<V>(row + at, count - at);
-        const V scale = single ? broadcast<V>(*inverse) : load_part<V>(inverse + at, count - at);
-        marks += x == x ? V{} : x;
-        V value = x * scale;
-        value = value > limit ? limit : value;
-        value = value < -limit ? -limit : value;
-        const I whole = bit_cast<I>(value + shift) - bit_cast<I>(shift) + (Int8Dot::offset ? 128 : 0);
+        V v = value(at) * fine;
+        v = v > limit ? limit : v;
+        v = v < -limit ? -limit : v;
+        const I whole = bit_cast<I>(v + shift) - bit_cast<I>(shift) + (Int8Dot::offset ? 128 : 0);
         store(rounded + at, __builtin_convertvector(whole, Bytes));
     }
-    float mark = 0.0f;
-    for (int lane = 0; lane < lanes; ++lane) mark += marks[lane];
-    return mark;
+    return largest / 127.0f + nan;
 }
 
 /// The integer sums of some rows for some vectors of columns. `begin` holds those of values plus 128.
@@ -174,7 +193,7 @@ inline void int8_sums(const Int8Rows& rows, std::size_t row, std::size_t groups,
     }
 }
 
-/// Adds scale * integer sums to the gate sums of some rows.
+/// Adds the scaled integer sums to the gate sums of some rows.
 template <int Width, int Rows>
 inline void int8_part(const Int8Rows& rows, std::size_t row, std::size_t values, const unsigned char* weights,
                       const float* scale, const std::int32_t* begin, float (&sums)[Rows][gate_count * Width]) {
@@ -191,10 +210,10 @@ inline void int8_part(const Int8Rows& rows, std::size_t row, std::size_t values,
         int8_sums<Rows, block>(rows, row, groups, weights + 4 * lanes * v, 4 * columns, begin + v * lanes,
                                integers[0] + v * lanes, columns);
     for (int r = 0; r < Rows; ++r) {
-        const V mark = broadcast<V>(rows.marks[row + static_cast<std::size_t>(r)]);
+        const V row_scale = broadcast<V>(rows.scales[row + static_cast<std::size_t>(r)]);
         for (std::size_t at = 0; at < columns; at += static_cast<std::size_t>(native_lanes<float>)) {
-            const V exact = __builtin_convertvector(load<I>(integers[r] + at), V) + mark;
-            store(sums[r] + at, fma(load<V>(scale + at), exact, load<V>(sums[r] + at)));
+            const V part = __builtin_convertvector(load<I>(integers[r] + at), V) * row_scale;
+            store(sums[r] + at, fma(load<V>(scale + at), part, load<V>(sums[r] + at)));
         }
     }
 }
@@ -249,7 +268,7 @@ inline void int8_panel(const Int8Step<float>& call, std::size_t first, std::size
 
 inline void int8_step(const Int8Step<float>& call) {
     const Step<float>& s = call.step;
-    const auto* inverse = static_cast<const float*>(s.packed);
+    const auto* factors = static_cast<const float*>(s.packed);
     const unsigned char* packed = first_panel(WeightType::int8, s.packed, s.input_size);
     const std::size_t full_bytes = panel_stride<float>(WeightType::int8, 16, s.input_size, s.recurrent_size);
     const bool inputs = call.part != Int8Part::recurrent && !(call.part == Int8Part::whole && s.sums);
@@ -260,20 +279,20 @@ inline void int8_step(const Int8Step<float>& call) {
         const std::size_t count = s.rows - first < most_rows ? s.rows - first : most_rows;
         float* memory = s.scratch;
         const auto round = [&](bool wanted, const float* from, std::ptrdiff_t stride, std::size_t values,
-                               const float* scales, bool single) {
+                               const float* row_factors) {
             Int8Rows rows;
             if (!wanted) return rows;
-            rows.marks = memory;
+            rows.scales = memory;
             rows.values = reinterpret_cast<unsigned char*>(memory + count);
             rows.stride = (values + 15) / 16 * 16;
             memory += count + count * rows.stride / sizeof(float);
             for (std::size_t row = 0; row < count; ++row)
-                rows.marks[row] = round_row(from + static_cast<std::ptrdiff_t>(first + row) * stride, values, scales,
-                                            single, rows.values + row * rows.stride);
+                rows.scales[row] = round_row(from + static_cast<std::ptrdiff_t>(first + row) * stride, values,
+                                             row_factors, rows.values + row * rows.stride);
             return rows;
         };
-        const Int8Rows x = round(inputs, s.x, s.x_stride, s.input_size, inverse, false);
-        const Int8Rows h = round(recurrent, s.h, s.h_stride, s.recurrent_size, inverse + s.input_size, true);
+        const Int8Rows x = round(inputs, s.x, s.x_stride, s.input_size, factors);
+        const Int8Rows h = round(recurrent, s.h, s.h_stride, s.recurrent_size, nullptr);
         const std::size_t panels = full_panels(s.last_unit - s.first_unit);
         const auto tail = [&] {
             std::size_t unit = s.first_unit + 16 * panels;

@@ -145,8 +145,7 @@ struct Kernels {
     /// Writes `count` weights of a narrow type in the type that is computed in; `stored` is read as that type.
     void (*widen)(WeightType type, const void* stored, std::size_t count, T* widened);
     void (*step)(const Step<T>&);
-    /// The step of int8 weights: sum = bias + scale_x * acc_x + scale_h * acc_h in multiply-adds of this order, where
-    /// acc are exact integers. Null for double.
+    /// The step of int8 weights, see int8_step.h. Null for double.
     void (*int8_step)(const Int8Step<T>&);
     void (*step_backward)(const StepBackward<T>&);
     void (*variant_sweep)(const VariantSweep<T>&);

@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cellstep.exporters.torchscript import PackedChain
-from cellstep.exporters.weights import WEIGHTS, Ranges
+from cellstep.exporters.weights import WEIGHTS
 from cellstep.nn import LSTM, Chain
 
+Array = NDArray[Any]
+
 _BATCH = 64
-#: Without calibration data the inputs are noise, whose largest value is short of what data of that deviation may hold.
-_NOISE_MARGIN = 1.25
 
 #: Largest difference from the float32 model, relative to the range of its outputs, that verify lets pass.
 TOLERANCES = {"bfloat16": 2e-2, "float16": 2e-3, "int8": 5e-2}
@@ -29,12 +29,14 @@ def quantize(model: Chain, weights: str = "int8", calibration: ArrayLike | Tenso
     answer hangs on how a stream is cut into calls or on the rest of the batch.
 
     Args:
-        weights: "bfloat16" and "float16" round each weight and halve the file; "int8" rounds each row of a matrix to
-            multiples of 1/127 of its largest weight, and what the matrix is multiplied with as well.
-        calibration: (N, T, input_size) windows, in the units of the data, that say for "int8" how large the inputs of
-            each layer and its hidden values become: the largest magnitude seen, per input, past which values are
-            clipped. Without them standard normal noise in the units of the model's scaling is run, with a margin of a
-            quarter, and hidden values are let be as large as 1.
+        weights: "bfloat16" and "float16" round each weight and halve the file. "int8" rounds each row of a matrix to
+            127 steps of its largest weight, and the inputs and hidden values of each step to 127 steps of the largest
+            of them, so that nothing is ever clipped. A layer with ``layer_norm`` blows small hidden values up, and
+            their rounding with them: see what :func:`cellstep.verify` makes of it.
+        calibration: (N, T, input_size) windows, in the units of the data, for "int8" alone: a layer's inputs are
+            divided by the square root of their root mean square there, and their weights multiplied with it, which
+            shares the rounding out between large and small ones. Without them standard normal noise in the units of
+            the model's scaling is run.
 
     Raises:
         TypeError: ``model`` is no chain.
@@ -50,7 +52,7 @@ def quantize(model: Chain, weights: str = "int8", calibration: ArrayLike | Tenso
     if model.dtype != torch.float32:
         raise ValueError(f"expected a float32 model to quantize; got {model.dtype}; use model.float()")
     windows = None if calibration is None else _windows(model, calibration)
-    return PackedChain(model, weights, _ranges(model, windows) if weights == "int8" else None)
+    return PackedChain(model, weights, _factors(model, windows) if weights == "int8" else None)
 
 
 def _windows(model: Chain, calibration: ArrayLike | Tensor) -> Tensor:
@@ -68,48 +70,28 @@ def _windows(model: Chain, calibration: ArrayLike | Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _ranges(model: Chain, windows: Tensor | None) -> list[list[Ranges]]:
-    """Of each direction of each layer; the layers are run one by one over all windows."""
+def _factors(model: Chain, windows: Tensor | None) -> list[Array]:
+    """Of the inputs of each layer; the layers are run one by one over all windows."""
     chain = model.reference().cpu()
-    bounded = windows is None
     if windows is None:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(64, model.window or 32, model.input_size, generator=generator)
-        y = noise * (_NOISE_MARGIN * (chain.input_scale != 0))
+        noise = torch.randn(64, model.window or 32, model.input_size, generator=torch.Generator().manual_seed(0))
+        y = noise * (chain.input_scale != 0)
     else:
         y = (windows - chain.input_offset) * chain.input_scale
     for dense in chain.encoder:
         y = dense(y)
-    ranges = []
+    factors = []
     for lstm in chain.lstms:
         for layer, single in enumerate(_single_layers(lstm)):
+            size = y.double().square().mean((0, 1)).sqrt()
+            size = torch.where(size > 0, size, size.max() if size.max() > 0 else 1.0)
+            factors.append(size.rsqrt().float().numpy())
             parts = [single(part) for part in y.split(_BATCH)]
-            outputs = torch.cat([part[0] for part in parts])
-            h = outputs.split(lstm.proj_size or lstm.hidden_size, 2)[: 2 if lstm.bidirectional else 1]
-            first = [
-                single.initial_h[place].abs().max().item() if lstm.learn_initial_state else 0.0
-                for place, _ in enumerate(h)
-            ]
-            inputs = _largest(y)
-            hidden = [max(part.abs().max().item(), start) for part, start in zip(h, first, strict=True)]
-            if bounded and _keeps_to_one(lstm):
-                hidden = [max(1.0, start) for start in first]
-            ranges.append([Ranges(inputs, span or 1.0) for span in hidden])
-            y = outputs + y if lstm.residual and layer > 0 else outputs
+            h = torch.cat([part[0] for part in parts])
+            y = h + y if lstm.residual and layer > 0 else h
             if single.return_cell_states:
                 y = torch.cat([y, torch.cat([part[2] for part in parts])], 2)
-    return ranges
-
-
-def _largest(y: Tensor) -> np.ndarray[Any, Any]:
-    """Largest magnitude of each value of a step; that of all where one is always zero, so that it has a scale."""
-    largest = y.abs().amax((0, 1)).double().numpy()
-    return np.where(largest > 0, largest, largest.max() or 1.0)
-
-
-def _keeps_to_one(lstm: LSTM) -> bool:
-    """Whether no hidden value can be past 1 in magnitude."""
-    return lstm.proj_size == 0 and lstm.output_activation in ("tanh", "sigmoid", "hard_sigmoid", "hardsigmoid")
+    return factors
 
 
 def _single_layers(lstm: LSTM) -> Iterator[LSTM]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cellstep import _runtime
 from cellstep.exporters.files import replacing
-from cellstep.exporters.weights import WEIGHTS, Ranges, pack_weights, stored_weights
+from cellstep.exporters.weights import WEIGHTS, pack_weights, stored_weights
 from cellstep.formula import ACTIVATIONS
 from cellstep.nn import LSTM, Chain, Dense
 from cellstep.nn.chain import ANSWERS
@@ -31,12 +31,12 @@ _TEST_STEPS = 16
 #: Largest error that a self-test allows, relative to the largest output and its scale: float32 leaves some 1e-7 a
 #: step, and a wrong weight or a broken kernel gives far more.
 _TEST_TOLERANCE = 1e-5
-#: With int8 weights the values between the layers are rounded, too, which the reference does not do: an error of up to
-#: 1/254 of their range each.
+#: With int8 weights the values of a step are rounded, too, which the reference does not do: an error of up to 1/254 of
+#: the largest each.
 _TEST_TOLERANCE_INT8 = 5e-2
 
 _Array = NDArray[Any]
-_Ranges = Sequence[Sequence[Ranges | None]]  # of each direction of each layer
+_Factors = Sequence[_Array | None]  # of the inputs of each layer
 
 
 @dataclass
@@ -61,19 +61,19 @@ def export_deploy(model: "Chain | PackedChain", path: Path) -> None:
         temporary.write_bytes(data)
 
 
-def image(model: Chain, weights: str = "float32", ranges: list[list[Ranges]] | None = None) -> bytes:
+def image(model: Chain, weights: str = "float32", factors: list[_Array] | None = None) -> bytes:
     """The bytes of a deploy file: packed weights, scaling, names and a test vector, in the model's own dtype.
 
     Args:
         weights: how the two matrices of LSTM layers are stored, of :data:`WEIGHTS`; "float32" is the model's dtype.
             All else stays as it is.
-        ranges: for "int8", of each direction of each layer.
+        factors: for "int8", of the inputs of each layer, see :func:`cellstep.exporters.weights.pack_weights`.
     """
     layers = [(lstm, layer) for lstm in model.lstms for layer in range(lstm.num_layers)]
-    spans: _Ranges = [[None, None]] * len(layers) if ranges is None else ranges
+    given: _Factors = [None] * len(layers) if factors is None else factors
     records = [_Record(_INPUT_SCALING, (model.input_size,), _bytes(model.input_offset, model.input_scale))]
     records += [_dense_record(dense) for dense in model.encoder]
-    records += [_lstm_record(*place, weights, span) for place, span in zip(layers, spans, strict=True)]
+    records += [_lstm_record(*place, weights, each) for place, each in zip(layers, given, strict=True)]
     records += [_dense_record(dense) for dense in model.heads]
     records.append(_Record(_OUTPUT_SCALING, (model.output_size,), _bytes(model.output_offset, model.output_scale)))
     if model.skip_columns:
@@ -82,7 +82,7 @@ def image(model: Chain, weights: str = "float32", ranges: list[list[Ranges]] | N
     for kind, names in ((_FEATURE_NAMES, model.feature_names), (_OUTPUT_NAMES, model.output_names)):
         if names:
             records.append(_Record(kind, (len(names),), _encode(names)))
-    records.append(_Record(_TEST_VECTOR, (_TEST_STEPS,), _test_vector(model, weights, spans)))
+    records.append(_Record(_TEST_VECTOR, (_TEST_STEPS,), _test_vector(model, weights, given)))
     return _assemble(model, records)
 
 
@@ -92,7 +92,7 @@ def _dense_record(dense: Dense) -> _Record:
     return _Record(_DENSE, sizes, packed.tobytes(), _PACKED, activations=ACTIVATIONS.index(dense.activation))
 
 
-def _lstm_record(lstm: LSTM, layer: int, weights: str, ranges: Sequence[Ranges | None]) -> _Record:
+def _lstm_record(lstm: LSTM, layer: int, weights: str, factors: _Array | None) -> _Record:
     flags = (
         _BIDIRECTIONAL * lstm.bidirectional
         | _PEEPHOLE * lstm.peephole
@@ -107,7 +107,7 @@ def _lstm_record(lstm: LSTM, layer: int, weights: str, ranges: Sequence[Ranges |
     for reverse in range(directions):
         p = {name: _array(tensor) for name, tensor in lstm.layer_parameters(layer, bool(reverse)).items()}
         matrices = (p["weight_ih"], p["weight_hh"], p.get("bias_ih"), p.get("bias_hh"))
-        content += pack_weights(weights, *matrices, lstm.coupled, ranges[reverse])
+        content += pack_weights(weights, *matrices, lstm.coupled, factors)
         parts: list[_Array] = []
         if lstm.proj_size:
             parts.append(p["weight_hr"].T)
@@ -153,28 +153,28 @@ def _encode(names: list[str]) -> bytes:
     return b"".join(name.encode() + b"\0" for name in names)
 
 
-def _with_stored_weights(model: Chain, weights: str, ranges: _Ranges) -> None:
+def _with_stored_weights(model: Chain, weights: str, factors: _Factors) -> None:
     """Gives a float64 copy of a model the weights as they are stored."""
-    spans = iter(ranges)
+    rest = iter(factors)
     for lstm in model.lstms:
         for layer in range(lstm.num_layers):
-            span = next(spans)
+            given = next(rest)
             for reverse in range(2 if lstm.bidirectional else 1):
                 p = lstm.layer_parameters(layer, bool(reverse))
                 weight_ih, weight_hh = (_array(p[name].float()) for name in ("weight_ih", "weight_hh"))
-                stored = stored_weights(weights, weight_ih, weight_hh, span[reverse])
+                stored = stored_weights(weights, weight_ih, weight_hh, given)
                 for name, values in zip(("weight_ih", "weight_hh"), stored, strict=True):
                     p[name].data.copy_(torch.from_numpy(values))
 
 
-def _test_vector(model: Chain, weights: str, ranges: _Ranges) -> bytes:
+def _test_vector(model: Chain, weights: str, factors: _Factors) -> bytes:
     """Tolerance, input and expected output, the last from torch's own operators in float64 on the stored weights.
 
     So it tells of the arithmetic where the file is run. What rounding the weights does to the model, verify tells.
     """
     reference = model.reference().cpu().double()
     if weights != "float32":
-        _with_stored_weights(reference, weights, ranges)
+        _with_stored_weights(reference, weights, factors)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_TEST_STEPS, model.input_size, generator=generator, dtype=torch.float64)
     spread = torch.where(reference.input_scale == 0, 1.0, 1.0 / reference.input_scale)

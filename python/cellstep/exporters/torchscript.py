@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Final, Optional
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import cellstep
 from cellstep.exporters.deploy import image
 from cellstep.exporters.files import replacing
-from cellstep.exporters.weights import Ranges
 from cellstep.nn import Chain
 from cellstep.nn.chain import ANSWERS
 
@@ -33,7 +33,7 @@ class PackedChain(nn.Module):
     Args:
         weights: how the weights of LSTM layers are stored: "float32", which stands for the model's own type,
             "bfloat16", "float16" or "int8".
-        ranges: for int8, see :func:`cellstep.exporters.deploy.image`.
+        factors: for int8, see :func:`cellstep.exporters.deploy.image`.
     """
 
     input_size: Final[int]
@@ -50,7 +50,7 @@ class PackedChain(nn.Module):
     initial_h: Tensor
     initial_c: Tensor
 
-    def __init__(self, model: Chain, weights: str = "float32", ranges: list[list[Ranges]] | None = None) -> None:
+    def __init__(self, model: Chain, weights: str = "float32", factors: list[NDArray[Any]] | None = None) -> None:
         super().__init__()
         self.input_size = model.input_size
         self.output_size = model.output_size
@@ -67,7 +67,7 @@ class PackedChain(nn.Module):
         h, c = (part.detach().clone() for part in model.initial_state(1))
         self.register_buffer("initial_h", h)
         self.register_buffer("initial_c", c)
-        data = bytearray(image(model, weights, ranges))
+        data = bytearray(image(model, weights, factors))
         self.register_buffer("image", torch.frombuffer(data, dtype=torch.uint8))
         self.eval()
 

@@ -1,12 +1,13 @@
 """Low-precision weights of the deploy file: how they are rounded, and the panels of ``csrc/core/pack.h`` they fill.
 
-int8 weights are rounded by row: of the matrix that the inputs meet, once the scale of each input is folded into its
-column, and of the one that the hidden values meet. A gate's sum is then
+int8 weights are rounded by row, in two matrices: the one that the inputs meet, whose columns have taken up the
+reciprocals of the inputs' factors, and the one that the hidden values meet. The values of a step are rounded as it
+comes, to 127 steps of the largest, m:
 
-    bias + scale_x * sum(q_ih * round(x * inverse_x)) + scale_h * sum(q_hh * round(h * inverse_h))
+    sum = bias + scale_x * m_x / 127 * sum(q_ih * round(factors * x * 127 / m_x)) + the same of h without factors
 
-with rounded values clipped to 127 in magnitude (symmetric quantization as in Jacob et al. 2018, "Quantization and
-Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", without zero points).
+(Symmetric quantization as in Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", without zero points; factors as in Xiao et al. 2023, "SmoothQuant".)
 """
 
 from collections.abc import Iterator
@@ -28,31 +29,21 @@ _MOST_INT8_VALUES = 1 << 17  # so many products of int8 sum up to less than 2^31
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """Largest magnitudes of what one direction of a layer reads: of each input (input_size), of any hidden value."""
-
-    inputs: _Array
-    hidden: float
-
-
-@dataclass(frozen=True)
 class _Int8:
-    inverse_x: _Array  # (input_size) float32
-    inverse_h: np.float32
     q_ih: _Array  # (rows, input_size), whole numbers in float32, like q_hh
     q_hh: _Array
     scale_x: _Array  # (rows) float32
     scale_h: _Array
 
 
-def stored_weights(weights: str, weight_ih: _Array, weight_hh: _Array, ranges: Ranges | None) -> tuple[_Array, _Array]:
+def stored_weights(weights: str, weight_ih: _Array, weight_hh: _Array, factors: _Array | None) -> tuple[_Array, _Array]:
     """The two matrices as they are stored, in float64."""
     if weights == "int8":
-        assert ranges is not None
-        rounded = _int8(weight_ih, weight_hh, ranges)
+        assert factors is not None
+        rounded = _int8(weight_ih, weight_hh, factors)
         return (
-            rounded.q_ih * rounded.scale_x[:, None].astype(np.float64) * rounded.inverse_x,
-            rounded.q_hh * rounded.scale_h[:, None].astype(np.float64) * rounded.inverse_h,
+            rounded.q_ih * rounded.scale_x[:, None].astype(np.float64) * factors,
+            rounded.q_hh * rounded.scale_h[:, None].astype(np.float64),
         )
     ih, hh = (_rounded(weights, weight) for weight in (weight_ih, weight_hh))
     return ih.astype(np.float64), hh.astype(np.float64)
@@ -65,9 +56,11 @@ def pack_weights(
     bias_ih: _Array | None,
     bias_hh: _Array | None,
     coupled: bool,
-    ranges: Ranges | None,
+    factors: _Array | None,
 ) -> bytes:
     """One direction of a layer in the layout of ``csrc/core/pack.h``; rows of the arguments are gates i, f, g, o.
+
+    ``factors`` (input_size) float32: for int8, what each input is multiplied with before it is rounded.
 
     Raises:
         ValueError: a weight does not fit the type, or a layer is too wide for int8.
@@ -84,13 +77,12 @@ def pack_weights(
             panel[0].tobytes() + _halves(weights, panel[1:]).tobytes()
             for panel in _panels(flat, units, 1 + inputs + recurrent)
         )
-    assert ranges is not None
-    q = _int8(weight_ih, weight_hh, ranges)
+    assert factors is not None
+    q = _int8(weight_ih, weight_hh, factors)
     # The scales travel through the packing as two more inputs.
     wide = np.concatenate([q.scale_x[:, None], q.scale_h[:, None], q.q_ih], 1)
     flat = _runtime.pack_layer(wide, q.q_hh, bias_ih, bias_hh, coupled)
-    inverse = np.append(q.inverse_x, q.inverse_h)
-    data = np.append(inverse, np.zeros(-inverse.size % 16, np.float32)).astype(np.float32).tobytes()
+    data = np.pad(factors, (0, -len(factors) % 16)).tobytes()
     for panel in _panels(flat, units, 3 + inputs + recurrent):
         parts = [panel[3 : 3 + inputs], panel[3 + inputs :]]
         data += panel[:3].tobytes()
@@ -119,17 +111,15 @@ def _halves(weights: str, values: _Array) -> _Array:
     return upper
 
 
-def _int8(weight_ih: _Array, weight_hh: _Array, ranges: Ranges) -> _Int8:
+def _int8(weight_ih: _Array, weight_hh: _Array, factors: _Array) -> _Int8:
     if max(weight_ih.shape[1], weight_hh.shape[1]) > _MOST_INT8_VALUES:
         raise ValueError(
             f"expected at most {_MOST_INT8_VALUES} inputs and hidden values for int8 weights; got "
             f"{max(weight_ih.shape[1], weight_hh.shape[1])}; choose bfloat16 or float16"
         )
-    inverse_x = (_MOST / ranges.inputs.astype(np.float64)).astype(np.float32)
-    inverse_h = np.float32(_MOST / ranges.hidden)
-    q_ih, scale_x = _rows(weight_ih / inverse_x.astype(np.float64))
-    q_hh, scale_h = _rows(weight_hh / np.float64(inverse_h))
-    return _Int8(inverse_x, inverse_h, q_ih, q_hh, scale_x, scale_h)
+    q_ih, scale_x = _rows(weight_ih / factors.astype(np.float64))
+    q_hh, scale_h = _rows(weight_hh.astype(np.float64))
+    return _Int8(q_ih, q_hh, scale_x, scale_h)
 
 
 def _rows(weight: _Array) -> tuple[_Array, _Array]:
