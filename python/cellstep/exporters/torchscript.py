@@ -17,9 +17,11 @@ from cellstep.exporters.files import replacing
 from cellstep.nn import Chain
 from cellstep.nn.chain import ANSWERS
 
-_ATTRIBUTES = ["feature_names", "output_names", "window", "horizon", "answers", "weights"]
+_ATTRIBUTES = ["feature_names", "output_names", "window", "horizon", "answers"]
 _SIZES = ["input_size", "output_size", "state_layers", "h_size", "c_size"]
 _METHODS = ["answer", "initial_state", "reset", "run", "step"]
+#: What a standalone file has not.
+_PACKED = ["weights"]
 #: Kept as tensors of the module where freezing would make constants of them, which do not move between devices.
 _TENSORS = ["image", "initial_h", "initial_c"]
 
@@ -164,7 +166,7 @@ def export_torchscript(model: Chain | PackedChain, path: Path, standalone: bool 
     else:
         scripted = torch.jit.freeze(
             torch.jit.script(packed(model) if isinstance(model, Chain) else model),
-            preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _TENSORS,
+            preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _PACKED + _TENSORS,
         )
     with replacing(path) as temporary:
         # The version that wrote the file tells whoever lacks an operator what to install.

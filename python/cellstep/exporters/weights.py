@@ -36,19 +36,6 @@ class _Int8:
     scale_h: _Array
 
 
-def stored_weights(weights: str, weight_ih: _Array, weight_hh: _Array, factors: _Array | None) -> tuple[_Array, _Array]:
-    """The two matrices as they are stored, in float64."""
-    if weights == "int8":
-        assert factors is not None
-        rounded = _int8(weight_ih, weight_hh, factors)
-        return (
-            rounded.q_ih * rounded.scale_x[:, None].astype(np.float64) * factors,
-            rounded.q_hh * rounded.scale_h[:, None].astype(np.float64),
-        )
-    ih, hh = (_rounded(weights, weight) for weight in (weight_ih, weight_hh))
-    return ih.astype(np.float64), hh.astype(np.float64)
-
-
 def pack_weights(
     weights: str,
     weight_ih: _Array,
@@ -71,7 +58,7 @@ def pack_weights(
         packed: bytes = _runtime.pack_layer(weight_ih, weight_hh, bias_ih, bias_hh, coupled).tobytes()
         return packed
     if weights != "int8":
-        ih, hh = (_rounded(weights, weight) for weight in (weight_ih, weight_hh))
+        ih, hh = (rounded(weights, weight) for weight in (weight_ih, weight_hh))
         flat = _runtime.pack_layer(ih, hh, bias_ih, bias_hh, coupled)
         return b"".join(
             panel[0].tobytes() + _halves(weights, panel[1:]).tobytes()
@@ -93,15 +80,18 @@ def pack_weights(
     return data
 
 
-def _rounded(weights: str, weight: _Array) -> _Array:
+def rounded(weights: str, weight: _Array) -> _Array:
+    """A matrix as bfloat16 or float16 store it, in its own dtype; ValueError if that cannot hold a weight."""
     if weights == "float32":
         return weight
     dtype = torch.bfloat16 if weights == "bfloat16" else torch.float16
-    rounded: _Array = torch.from_numpy(weight).to(dtype).float().numpy()
-    if not np.isfinite(rounded).all():
+    values: _Array = torch.from_numpy(weight).to(dtype).double().numpy().astype(weight.dtype)
+    if not np.isfinite(values).all():
         largest = np.abs(weight).max()
-        raise ValueError(f"expected weights that {weights} can hold; got one of {largest:.6g}; choose bfloat16 or int8")
-    return rounded
+        raise ValueError(
+            f"expected weights that {weights} can hold; got one of {largest:.6g}; choose int8 or leave them"
+        )
+    return values
 
 
 def _halves(weights: str, values: _Array) -> _Array:
