@@ -15,10 +15,11 @@ from cellstep.nn import LSTM, Chain
 Array = NDArray[Any]
 
 _BATCH = 64
+_MOST_INT8_VALUES = 1 << 17  # the sum of so many products of int8 stays below 2^31
 
-#: Largest difference from the float32 model, relative to the range of its outputs, that verify lets pass. The forecaster
-#: of the sample series is at 9e-4, 2e-4 and 6e-3; DTLN's mask over 500 steps, whose |c| reaches 375, at 1.5e-2, 1.1e-3
-#: and 9.5e-2, with a root mean square of 5e-4, 7e-5 and 4e-3.
+#: Largest difference from the float32 model, relative to the range of its outputs, that verify lets pass. The
+#: forecaster of the sample series is at 9e-4, 2e-4 and 6e-3; DTLN's mask over 500 steps, whose |c| reaches 375, at
+#: 1.5e-2, 1.1e-3 and 9.5e-2, with a root mean square of 5e-4, 7e-5 and 4e-3.
 TOLERANCES = {"bfloat16": 2e-2, "float16": 4e-3, "int8": 1e-1}
 
 
@@ -35,15 +36,15 @@ def quantize(model: Chain, weights: str = "int8", calibration: ArrayLike | Tenso
             127 steps of its largest weight, and the inputs and hidden values of each step to 127 steps of the largest
             of them, so that nothing is ever clipped. A layer with ``layer_norm`` blows small hidden values up, and
             their rounding with them: see what :func:`cellstep.verify` makes of it.
-        calibration: (N, T, input_size) windows, in the units of the data, for "int8" alone: a layer's inputs are
-            divided by the square root of their root mean square there, and their weights multiplied with it, which
-            shares the rounding out between large and small ones. Without them standard normal noise in the units of
-            the model's scaling is run.
+        calibration: (N, T, input_size) windows, in the units of the data, for "int8" alone: how large each input of
+            each layer is, in the root of the mean square. An input is divided, and its weights are multiplied, by the
+            square root of that size over its largest weight, which shares the rounding out between large and small
+            inputs. Without windows standard normal noise in the units of the model's scaling is run.
 
     Raises:
         TypeError: ``model`` is no chain.
-        ValueError: the type is unknown, the model is not float32, its weights are not finite or do not fit float16, or
-            the calibration has another shape or values that are not finite.
+        ValueError: the type is unknown, the model is not float32, its weights are not finite or do not fit float16, it
+            is too wide for int8, or the calibration has another shape or values that are not finite.
     """
     if isinstance(model, LSTM):
         raise TypeError('expected a cellstep.nn.Chain; got an LSTM alone; wrap it: Chain(lstm, answers="every")')
@@ -53,6 +54,12 @@ def quantize(model: Chain, weights: str = "int8", calibration: ArrayLike | Tenso
         raise ValueError(f"expected weights of {', '.join(WEIGHTS[1:])}; got {weights!r}; choose one")
     if model.dtype != torch.float32:
         raise ValueError(f"expected a float32 model to quantize; got {model.dtype}; use model.float()")
+    widest = max(size for lstm in model.lstms for size in (lstm.input_size, lstm.hidden_size))
+    if weights == "int8" and widest > _MOST_INT8_VALUES:
+        raise ValueError(
+            f"expected at most {_MOST_INT8_VALUES} inputs and units for int8 weights; got {widest}; choose bfloat16 or "
+            "float16"
+        )
     windows = None if calibration is None else _windows(model, calibration)
     return PackedChain(model, weights, _factors(model, windows) if weights == "int8" else None)
 
@@ -85,15 +92,21 @@ def _factors(model: Chain, windows: Tensor | None) -> list[Array]:
     factors = []
     for lstm in chain.lstms:
         for layer, single in enumerate(_single_layers(lstm)):
-            size = y.double().square().mean((0, 1)).sqrt()
-            size = torch.where(size > 0, size, size.max() if size.max() > 0 else 1.0)
-            factors.append(size.rsqrt().float().numpy())
+            weights = [single.layer_parameters(0, bool(k))["weight_ih"] for k in range(1 + lstm.bidirectional)]
+            largest = _positive(torch.cat(weights).abs().amax(0).double())
+            size = _positive(y.double().square().mean((0, 1)).sqrt())
+            factors.append((largest / size).sqrt().float().numpy())
             parts = [single(part) for part in y.split(_BATCH)]
             h = torch.cat([part[0] for part in parts])
             y = h + y if lstm.residual and layer > 0 else h
             if single.return_cell_states:
                 y = torch.cat([y, torch.cat([part[2] for part in parts])], 2)
     return factors
+
+
+def _positive(values: Tensor) -> Tensor:
+    """The values, with the largest of them, or 1, in place of zeros."""
+    return torch.where(values > 0, values, values.max() if values.max() > 0 else 1.0)
 
 
 def _single_layers(lstm: LSTM) -> Iterator[LSTM]:

@@ -25,7 +25,6 @@ WEIGHTS = ("float32", "bfloat16", "float16", "int8")
 
 _Array = NDArray[Any]
 _MOST = 127
-_MOST_INT8_VALUES = 1 << 17  # so many products of int8 sum up to less than 2^31
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def pack_weights(
     ``factors`` (input_size) float32: for int8, what each input is multiplied with before it is rounded.
 
     Raises:
-        ValueError: a weight does not fit the type, or a layer is too wide for int8.
+        ValueError: a weight does not fit the type.
     """
     units = weight_hh.shape[0] // (3 if coupled else 4)
     inputs, recurrent = weight_ih.shape[1], weight_hh.shape[1]
@@ -102,11 +101,6 @@ def _halves(weights: str, values: _Array) -> _Array:
 
 
 def _int8(weight_ih: _Array, weight_hh: _Array, factors: _Array) -> _Int8:
-    if max(weight_ih.shape[1], weight_hh.shape[1]) > _MOST_INT8_VALUES:
-        raise ValueError(
-            f"expected at most {_MOST_INT8_VALUES} inputs and hidden values for int8 weights; got "
-            f"{max(weight_ih.shape[1], weight_hh.shape[1])}; choose bfloat16 or float16"
-        )
     q_ih, scale_x = _rows(weight_ih / factors.astype(np.float64))
     q_hh, scale_h = _rows(weight_hh.astype(np.float64))
     return _Int8(q_ih, q_hh, scale_x, scale_h)
