@@ -24,6 +24,14 @@ struct Choice {
 }  // namespace
 
 #if defined(CELLSTEP_MANY_ISAS)
+// The products of int8 weights, for machines that have instructions for them.
+#define CELLSTEP_DECLARE_INT8(isa)                       \
+    namespace isa {                                      \
+    extern void (*const kernel)(const Int8Step<float>&); \
+    }
+CELLSTEP_DECLARE_INT8(avx2vnni)
+CELLSTEP_DECLARE_INT8(avx512vnni)
+
 CELLSTEP_DECLARE(baseline)
 CELLSTEP_DECLARE(avx2)
 CELLSTEP_DECLARE(avx512)
@@ -36,8 +44,19 @@ static Choice choose() {
                             __builtin_cpu_supports("avx512vl");
     const char* wish = std::getenv("CELLSTEP_CPU");
     const auto wanted = [wish](const char* name) { return !wish || std::strcmp(wish, name) == 0; };
+    const auto with_int8 = [](const Kernels<float>& kernels, void (*int8_step)(const Int8Step<float>&)) {
+        static Kernels<float> changed;
+        changed = kernels;
+        changed.int8_step = int8_step;
+        return &changed;
+    };
+    if (has_avx512 && __builtin_cpu_supports("avx512vnni") && wanted("avx512vnni"))
+        return {"avx512", with_int8(avx512::kernels_float, avx512vnni::kernel), &avx512::kernels_double};
+    if (has_avx512 && (wanted("avx512") || wanted("avx512vnni")))
+        return {"avx512", &avx512::kernels_float, &avx512::kernels_double};
+    if (has_avx2 && __builtin_cpu_supports("avxvnni") && wanted("avx2vnni"))
+        return {"avx2", with_int8(avx2::kernels_float, avx2vnni::kernel), &avx2::kernels_double};
     const bool no_more_than_baseline = wish && std::strcmp(wish, "baseline") == 0;
-    if (has_avx512 && wanted("avx512")) return {"avx512", &avx512::kernels_float, &avx512::kernels_double};
     if (has_avx2 && !no_more_than_baseline) return {"avx2", &avx2::kernels_float, &avx2::kernels_double};
     return {"baseline", &baseline::kernels_float, &baseline::kernels_double};
 }

@@ -18,7 +18,7 @@ Activation activation_at(const ImageRecord& record, int place) {
 /// One direction of an LSTM record.
 template <class T>
 struct Direction {
-    const T* packed;
+    const void* packed;
     LayerOptions<T> options;
     const T* initial_h;  ///< null: zero
     const T* initial_c;
@@ -33,6 +33,7 @@ struct LstmLayer {
     std::size_t direction_count;
     bool residual;
     bool cells;  ///< gives c behind h
+    WeightType weights;
     Direction<T> directions[2];
 
     std::size_t h_columns() const { return direction_count * recurrent_size; }
@@ -49,6 +50,9 @@ LstmLayer<T> lstm_layer(const Image& image, const ImageRecord& record) {
     layer.residual = record.flags & LayerFlags::residual;
     layer.cells = record.flags & LayerFlags::cells;
     const std::size_t units = layer.hidden_size;
+    layer.weights = weight_type(record);
+    const std::size_t packed =
+        static_cast<std::size_t>(packed_bytes<T>(layer.weights, layer.input_size, units, layer.recurrent_size));
     const T* data = image.data<T>(record);
     const auto take = [&data](bool there, std::size_t count) {
         const T* begin = data;
@@ -60,7 +64,7 @@ LstmLayer<T> lstm_layer(const Image& image, const ImageRecord& record) {
         LayerOptions<T>& options = direction.options;
         const bool norm = record.flags & LayerFlags::layer_norm;
         const bool initial = record.flags & LayerFlags::initial;
-        direction.packed = take(true, packed_size(layer.input_size, units, layer.recurrent_size));
+        direction.packed = take(true, packed / sizeof(T));
         options.projection = take(record.sizes[2] != 0, units * layer.recurrent_size);
         options.peephole = take(record.flags & LayerFlags::peephole, 3 * units);
         options.norm_ih = take(norm, 4 * units);
@@ -217,7 +221,7 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
                           run.batch,
                           layer.input_size,
                           layer.hidden_size,
-                          WeightType::full,
+                          layer.weights,
                           direction.packed,
                           {x, x_step, x_row, 1},
                           h,
@@ -236,7 +240,7 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
                             layer.input_size,
                             layer.hidden_size,
                             layer.recurrent_size,
-                            WeightType::full,
+                            layer.weights,
                             direction.packed,
                             {x, x_step, x_row, 1},
                             h,

@@ -15,8 +15,9 @@ namespace core {
 namespace {
 
 constexpr char magic[8] = {'C', 'E', 'L', 'L', 'S', 'T', 'E', 'P'};
-constexpr std::uint32_t current_version = 2;
+constexpr std::uint32_t current_version = 3;
 constexpr std::uint32_t packed_layout = 1;
+constexpr std::uint32_t last_layout = packed_layout + static_cast<std::uint32_t>(WeightType::int8);
 constexpr std::uint64_t data_alignment = 64;
 /// Sizes and window lengths above this are a broken file; below it no product of two of them and a factor overflows.
 constexpr std::uint64_t largest_size = 1u << 24;
@@ -25,18 +26,42 @@ std::uint64_t value_bytes(const ImageHeader& header) {
     return header.dtype == static_cast<std::uint32_t>(DataType::float64) ? 8 : 4;
 }
 
-/// Values of an LSTM record: see image.h.
-std::uint64_t lstm_values(const ImageRecord& record) {
-    const std::uint64_t inputs = record.sizes[0];
+/// Whether a record's layout is one that its kind and the file's type can have.
+bool layout_fits(const ImageHeader& header, const ImageRecord& record) {
+    switch (static_cast<RecordKind>(record.kind)) {
+        case RecordKind::lstm:
+            return record.layout >= packed_layout && record.layout <= (value_bytes(header) == 4 ? last_layout : 1);
+        case RecordKind::dense:
+            return record.layout == packed_layout;
+        default:
+            return record.layout == 0;
+    }
+}
+
+/// Bytes of one direction's packed weights.
+std::uint64_t direction_bytes(const ImageHeader& header, const ImageRecord& record) {
+    const std::uint64_t recurrent = record.sizes[2] ? record.sizes[2] : record.sizes[1];
+    return value_bytes(header) == 8
+               ? packed_bytes<double>(weight_type(record), record.sizes[0], record.sizes[1], recurrent)
+               : packed_bytes<float>(weight_type(record), record.sizes[0], record.sizes[1], recurrent);
+}
+
+/// Values of one direction behind its packed weights.
+std::uint64_t option_values(const ImageRecord& record) {
     const std::uint64_t units = record.sizes[1];
     const std::uint64_t recurrent = record.sizes[2] ? record.sizes[2] : units;
-    // packed_size, in 64 bits also where size_t has 32
-    std::uint64_t values = gate_count * ((units + 3) / 4 * 4) * (1 + inputs + recurrent);
+    std::uint64_t values = 0;
     if (record.sizes[2]) values += units * recurrent;
     if (record.flags & LayerFlags::peephole) values += 3 * units;
     if (record.flags & LayerFlags::layer_norm) values += 10 * units;
     if (record.flags & LayerFlags::initial) values += recurrent + units;
-    return values * (record.flags & LayerFlags::bidirectional ? 2 : 1) + 3;
+    return values;
+}
+
+/// Bytes of an LSTM record: see image.h.
+std::uint64_t lstm_bytes(const ImageHeader& header, const ImageRecord& record) {
+    const std::uint64_t direction = direction_bytes(header, record) + option_values(record) * value_bytes(header);
+    return direction * (record.flags & LayerFlags::bidirectional ? 2 : 1) + 3 * value_bytes(header);
 }
 
 /// Activations that a record may name: three elementwise ones of an LSTM, one of a dense layer, else none.
@@ -63,14 +88,15 @@ std::uint64_t expected_length(const ImageHeader& header, const ImageRecord& reco
     if (kind != RecordKind::lstm && (c || record.flags)) return 0;
     if (!activations_fit(record)) return 0;
     const bool packed = kind == RecordKind::lstm || kind == RecordKind::dense;
-    if (record.layout != (packed ? packed_layout : 0) || (b != 0) != packed) return 0;
+    if (!layout_fits(header, record) || (b != 0) != packed) return 0;
     switch (kind) {
         case RecordKind::input_scaling:
         case RecordKind::output_scaling:
             return 2 * a * value_bytes(header);
         case RecordKind::lstm:
             if (c >= b || (record.flags & ~LayerFlags::all)) return 0;
-            return lstm_values(record) * value_bytes(header);
+            if (weight_type(record) == WeightType::int8 && (a > int8_most_values || b > int8_most_values)) return 0;
+            return lstm_bytes(header, record);
         case RecordKind::dense:
             return (1 + a) * b * value_bytes(header);
         case RecordKind::feature_names:
@@ -204,6 +230,74 @@ bool all_finite(const unsigned char* bytes, std::uint64_t length, Bits exponent)
     return true;
 }
 
+ImageStatus check_floats(const unsigned char* bytes, std::uint64_t length) {
+    return all_finite<std::uint32_t>(bytes, length, 0x7f800000u) ? ImageStatus::ok : ImageStatus::nonfinite;
+}
+
+/// The weights of one part of an int8 panel: none is -128, whose negative would not fit, and every column's sum is the
+/// one that `begin` was made of.
+bool int8_weights_fit(const unsigned char* weights, std::uint64_t groups, std::size_t columns,
+                      const unsigned char* begin) {
+    for (std::size_t column = 0; column < columns; ++column) {
+        std::int32_t sum = 0;
+        for (std::uint64_t group = 0; group < groups; ++group) {
+            for (std::size_t k = 0; k < 4; ++k) {
+                const int weight = static_cast<signed char>(weights[4 * (group * columns + column) + k]);
+                if (weight < -127) return false;
+                sum += weight;
+            }
+        }
+        std::int32_t stored = 0;
+        std::memcpy(&stored, begin + sizeof(stored) * column, sizeof(stored));
+        if (stored != -128 * sum) return false;
+    }
+    return true;
+}
+
+/// The narrow weights of one direction.
+ImageStatus check_narrow(WeightType type, const unsigned char* packed, std::size_t inputs, std::size_t units,
+                         std::size_t recurrent) {
+    ImageStatus status = ImageStatus::ok;
+    if (type == WeightType::int8) status = check_floats(packed, int8_factor_bytes(inputs));
+    const unsigned char* panel = first_panel(type, packed, inputs);
+    std::size_t width = 0;
+    for (std::size_t unit = 0; unit < units && status == ImageStatus::ok; unit += width) {
+        width = panel_width(units - unit);
+        const std::size_t columns = gate_count * width;
+        const unsigned char* rows = panel;
+        panel += panel_stride<float>(type, width, inputs, recurrent);
+        status = check_floats(rows, columns * (type == WeightType::int8 ? 12 : 4));
+        if (type == WeightType::int8) {
+            const unsigned char* begin = rows + 12 * columns;
+            const unsigned char* weights = begin + 8 * columns;
+            const std::uint64_t groups = int8_groups(inputs);
+            if (!int8_weights_fit(weights, groups, columns, begin) ||
+                !int8_weights_fit(weights + 4 * groups * columns, int8_groups(recurrent), columns, begin + 4 * columns))
+                status = ImageStatus::format;
+        } else if (!all_finite<std::uint16_t>(rows + 4 * columns, 2 * columns * (inputs + recurrent),
+                                              type == WeightType::bfloat16 ? 0x7f80 : 0x7c00)) {
+            status = ImageStatus::nonfinite;
+        }
+    }
+    return status;
+}
+
+/// A float32 LSTM record with narrow weights.
+ImageStatus check_narrow_record(const ImageHeader& header, const ImageRecord& record, const unsigned char* data) {
+    const std::size_t recurrent = record.sizes[2] ? record.sizes[2] : record.sizes[1];
+    const std::uint64_t options = 4 * option_values(record);
+    const std::uint64_t packed = direction_bytes(header, record);
+    const int directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
+    const unsigned char* at = data;
+    for (int direction = 0; direction < directions; ++direction) {
+        ImageStatus status = check_narrow(weight_type(record), at, record.sizes[0], record.sizes[1], recurrent);
+        if (status == ImageStatus::ok) status = check_floats(at + packed, options);
+        if (status != ImageStatus::ok) return status;
+        at += packed + options;
+    }
+    return check_floats(at, 12);
+}
+
 }  // namespace
 
 const char* image_status_text(ImageStatus status) {
@@ -215,7 +309,7 @@ const char* image_status_text(ImageStatus status) {
             return "expected a deploy file, which begins with CELLSTEP: export one with cellstep.export(model, "
                    "\"m.cellstep\")";
         case ImageStatus::version:
-            return "expected a deploy file of version 2: export the model again, with a cellstep of the same age as "
+            return "expected a deploy file of version 3: export the model again, with a cellstep of the same age as "
                    "this one";
         case ImageStatus::length:
             return "the file is shorter or longer than its header says: copy or export it again";
@@ -288,6 +382,11 @@ ImageStatus check_values(const Image& image) {
     for (const ImageRecord& record : image) {
         const auto kind = static_cast<RecordKind>(record.kind);
         if (kind == RecordKind::feature_names || kind == RecordKind::output_names || kind == RecordKind::skip) continue;
+        if (kind == RecordKind::lstm && weight_type(record) != WeightType::full) {
+            const ImageStatus status = check_narrow_record(header, record, bytes + record.offset);
+            if (status != ImageStatus::ok) return status;
+            continue;
+        }
         const bool finite = value_bytes(header) == 8
                                 ? all_finite<std::uint64_t>(bytes + record.offset, record.length, 0x7ff0000000000000u)
                                 : all_finite<std::uint32_t>(bytes + record.offset, record.length, 0x7f800000u);

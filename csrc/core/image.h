@@ -3,7 +3,7 @@
 /// | bytes | header |
 /// | --- | --- |
 /// | 0..8 | magic "CELLSTEP" |
-/// | 8..12 | version, 2 |
+/// | 8..12 | version, 3 |
 /// | 12..16 | CRC-32 (IEEE 802.3, as in zlib) of the whole file with these four bytes zero |
 /// | 16..24 | total length in bytes |
 /// | 24..28 | number of records |
@@ -18,7 +18,7 @@
 /// | bytes | record |
 /// | --- | --- |
 /// | 0..4 | kind, see RecordKind |
-/// | 4..8 | layout of the data: 1 for packed weights (pack.h, layer.h), else 0 |
+/// | 4..8 | layout of the data, see below |
 /// | 8..24 | four sizes, unused ones zero |
 /// | 24..28 | options of an LSTM, see LayerFlags |
 /// | 28..32 | activations (kernels.h), a byte each: of an LSTM's gates, candidate and output; of a dense layer |
@@ -29,6 +29,9 @@
 /// The records that compute stand in the order in which they are applied: at most one input scaling, dense layers,
 /// LSTM layers, of which there is at least one, dense layers, at most one output scaling, at most one skip. The others
 /// follow in any order, at most one of a kind.
+///
+/// Layout: 1 for packed weights (pack.h, layer.h), else 0. LSTM records of a float32 file may have 2, 3 or 4, where the
+/// packed weights alone are bfloat16, float16 or int8 and whatever stands behind them is float32.
 ///
 /// State: where all LSTM layers have the same sizes each layer and direction has a row of h and c, in order, forward
 /// before backward; otherwise state_layers is 1 and the values of all lie side by side.
@@ -41,6 +44,8 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#include "core/pack.h"
 
 namespace cellstep {
 namespace core {
@@ -123,6 +128,9 @@ struct ImageRecord {
 
 static_assert(sizeof(ImageHeader) == 64 && sizeof(ImageRecord) == 64, "the file's layout");
 
+/// How the weights of an LSTM record are stored, once its layout is checked.
+constexpr WeightType weight_type(const ImageRecord& record) { return static_cast<WeightType>(record.layout - 1); }
+
 /// A checked image: pointers into its bytes, which must outlive it.
 class Image {
 public:
@@ -151,7 +159,8 @@ private:
 /// Errors: argument, alignment (8 bytes), magic, version, length, format, dtype.
 ImageStatus open_image(const void* data, std::size_t size, Image* image);
 
-/// Checks the checksum, then that every weight and scale is finite. Errors: checksum, nonfinite.
+/// Checks the checksum, then that every weight and scale is finite and that int8 weights are what pack.h says. Errors:
+/// checksum, nonfinite, format.
 ImageStatus check_values(const Image& image);
 
 }  // namespace core

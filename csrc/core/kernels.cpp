@@ -3,6 +3,7 @@
 
 #include "core/activations.h"
 #include "core/digest.h"
+#include "core/int8_step.h"
 #include "core/pack.h"
 #include "core/product.h"
 #include "core/step.h"
@@ -46,10 +47,10 @@ inline void step_backward(const StepBackward<T>& s) {
 }
 
 extern const Kernels<float> kernels_float = {
-    product<float>,       widen_weights<float>,    step<float>, step_backward<float>,
+    product<float>,       widen_weights<float>,    step<float>, int8_step, step_backward<float>,
     variant_sweep<float>, apply_activation<float>, digest};
 extern const Kernels<double> kernels_double = {
-    product<double>,       widen_weights<double>,    step<double>, step_backward<double>,
+    product<double>,       widen_weights<double>,    step<double>, nullptr, step_backward<double>,
     variant_sweep<double>, apply_activation<double>, digest};
 
 }  // namespace CELLSTEP_ISA

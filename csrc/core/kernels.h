@@ -126,12 +126,28 @@ struct VariantSweep {
     LayerMasks<T> masks;
 };
 
+/// What of a step is formed from int8 weights.
+enum class Int8Part : unsigned char {
+    whole,          ///< what the other weights' step does
+    inputs,         ///< the input part alone, to `sums`
+    biased_inputs,  ///< bias and input part, to `sums`
+    recurrent,      ///< the hidden part, added to `sums`
+};
+
+template <class T>
+struct Int8Step {
+    Step<T> step;
+    Int8Part part;
+};
+
 template <class T>
 struct Kernels {
     void (*product)(const Product<T>&);
     /// Writes `count` weights of a narrow type in the type that is computed in; `stored` is read as that type.
     void (*widen)(WeightType type, const void* stored, std::size_t count, T* widened);
     void (*step)(const Step<T>&);
+    /// The step of int8 weights, see int8_step.h. Null for double.
+    void (*int8_step)(const Int8Step<T>&);
     void (*step_backward)(const StepBackward<T>&);
     void (*variant_sweep)(const VariantSweep<T>&);
     /// Applies an activation to `rows` contiguous rows of `width` values in place.
@@ -141,7 +157,8 @@ struct Kernels {
 };
 
 /// The kernels of the best instruction set that this machine has, chosen at the first call. The environment
-/// variable CELLSTEP_CPU (baseline, avx2 or avx512) lowers the choice; what the machine lacks is never chosen.
+/// variable CELLSTEP_CPU (baseline, avx2, avx2vnni, avx512 or avx512vnni) lowers the choice; what the machine lacks is
+/// never chosen. The names in vnni differ from those without in the products of int8 weights alone.
 template <class T>
 const Kernels<T>& kernels();
 

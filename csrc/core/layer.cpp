@@ -37,6 +37,21 @@ const T* gather(const SequenceView<T>& x, std::size_t steps, std::size_t batch, 
 template <class T>
 void project(WeightType weights, const void* packed, std::size_t rows, std::size_t input_size, std::size_t hidden_size,
              std::size_t recurrent_size, bool bias, const T* x, std::ptrdiff_t x_stride, T* sums, T* scratch) {
+    if (weights == WeightType::int8) {
+        Step<T> step{};
+        step.rows = rows;
+        step.input_size = input_size;
+        step.hidden_size = hidden_size;
+        step.recurrent_size = recurrent_size;
+        step.last_unit = hidden_size;
+        step.packed = packed;
+        step.x = x;
+        step.x_stride = x_stride;
+        step.sums = sums;
+        step.sums_rows = rows;
+        step.scratch = scratch;
+        return kernels<T>().int8_step({step, bias ? Int8Part::biased_inputs : Int8Part::inputs});
+    }
     const unsigned char* panel = static_cast<const unsigned char*>(packed);
     std::size_t width = 0;
     for (std::size_t unit = 0; unit < hidden_size; unit += width) {
@@ -115,10 +130,16 @@ void clear(const LayerMasks<T>& masks, std::size_t step, std::size_t batch, T* m
     s->c = c;
 }
 
+template <class T>
+void step_units(const Step<T>& step) {
+    if (step.weights == WeightType::int8) return kernels<T>().int8_step({step, Int8Part::whole});
+    kernels<T>().step(step);
+}
+
 /// `step` is ready for all units; shared ones get memory of their own.
 template <class T>
 void run_step(const Step<T>& step, std::size_t shares, const Parallel* parallel) {
-    if (shares == 1) return kernels<T>().step(step);
+    if (shares == 1) return step_units(step);
     const std::size_t memory = step_scratch(step.rows, step.input_size + step.recurrent_size);
     for_each(parallel, shares, [&](std::size_t share) {
         const FlushDenormals flush;
@@ -126,7 +147,7 @@ void run_step(const Step<T>& step, std::size_t shares, const Parallel* parallel)
         part.first_unit = share_begin(step.hidden_size, shares, share, 16);
         part.last_unit = share_begin(step.hidden_size, shares, share + 1, 16);
         part.scratch += share * memory;
-        kernels<T>().step(part);
+        step_units(part);
     });
 }
 

@@ -7,9 +7,19 @@
 /// couples it to i. A panel is read front to back once a step, and every column is one sum in one order: bias,
 /// inputs, hidden values. The layout is the same for every instruction set, so it can be stored in a file; lanes
 /// past hidden_size hold zeros.
+///
+/// With narrow weights the bias row is still float32 and the other rows hold bfloat16 or float16. With int8 weights the
+/// layer begins with a float32 factor for each input, padded to a multiple of 64 bytes, by which the inputs are
+/// multiplied first; a panel then has rows of 4 w columns of
+///   the bias and the scales of the input and of the hidden part, float32;
+///   what the sums of the input and of the hidden part begin with where values are stored plus 128: minus 128 times the
+///   sum of the column's weights, int32;
+///   four weights in a row for each four inputs, then for each four hidden values, zeros behind the last.
+/// No weight is past 127 in magnitude. How a step uses them is in int8_step.h.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace cellstep {
 namespace core {
@@ -38,6 +48,44 @@ enum class WeightType : unsigned char { full, bfloat16, float16, int8 };
 template <class T>
 constexpr std::size_t panel_bytes(WeightType type, std::size_t width, std::size_t depth) {
     return gate_count * width * (sizeof(T) + depth * (type == WeightType::full ? sizeof(T) : 2));
+}
+
+/// Most inputs or hidden values of a layer with int8 weights: a sum of so many products fits 32 bits.
+constexpr std::size_t int8_most_values = 1u << 17;
+
+/// Bytes of the factors that an int8 layer begins with.
+constexpr std::uint64_t int8_factor_bytes(std::uint64_t input_size) { return (input_size + 15) / 16 * 64; }
+
+/// Rows of four values each.
+constexpr std::uint64_t int8_groups(std::uint64_t values) { return (values + 3) / 4; }
+
+/// Bytes of a column of an int8 panel: bias, two scales and two beginnings, then the weights.
+constexpr std::uint64_t int8_column_bytes(std::uint64_t input_size, std::uint64_t recurrent_size) {
+    return 4 * (5 + int8_groups(input_size) + int8_groups(recurrent_size));
+}
+
+/// Bytes of a packed layer, in 64 bits also where size_t has 32.
+template <class T>
+constexpr std::uint64_t packed_bytes(WeightType type, std::uint64_t input_size, std::uint64_t hidden_size,
+                                     std::uint64_t recurrent_size) {
+    const std::uint64_t columns = gate_count * ((hidden_size + 3) / 4 * 4);
+    if (type == WeightType::int8)
+        return int8_factor_bytes(input_size) + columns * int8_column_bytes(input_size, recurrent_size);
+    return columns * (sizeof(T) + (input_size + recurrent_size) * (type == WeightType::full ? sizeof(T) : 2));
+}
+
+/// The first panel of a packed layer.
+inline const unsigned char* first_panel(WeightType type, const void* packed, std::size_t input_size) {
+    return static_cast<const unsigned char*>(packed) + (type == WeightType::int8 ? int8_factor_bytes(input_size) : 0);
+}
+
+/// Bytes from a panel to the next one.
+template <class T>
+constexpr std::size_t panel_stride(WeightType type, std::size_t width, std::size_t input_size,
+                                   std::size_t recurrent_size) {
+    return type == WeightType::int8
+               ? gate_count * width * static_cast<std::size_t>(int8_column_bytes(input_size, recurrent_size))
+               : panel_bytes<T>(type, width, input_size + recurrent_size);
 }
 
 /// A matrix that is read through its strides, counted in values.

@@ -142,16 +142,15 @@ inline Moments<T> moments(const T* values, std::size_t count) {
 template <class T>
 inline void normalise_gates(const VariantSweep<T>& s, std::size_t step, const T* recurrent) {
     const std::size_t rows = s.steps * s.batch;
-    const std::size_t depth = s.input_size + s.recurrent_size;
     for (std::size_t row = 0; row < s.batch; ++row) {
-        const unsigned char* packed = static_cast<const unsigned char*>(s.packed);
+        const unsigned char* packed = first_panel(s.weights, s.packed, s.input_size);
         const Moments<T> a = gate_moments<T>(s.sums, rows, step * s.batch + row, s.hidden_size, s.options.coupled);
         const Moments<T> r = gate_moments<T>(recurrent, s.batch, row, s.hidden_size, s.options.coupled);
         for_each_panel(s.hidden_size, [&](std::size_t unit, std::size_t width, std::size_t padded) {
             T* to = s.sums + gate_count * (padded * rows + (step * s.batch + row) * width);
             const T* from = recurrent + gate_count * (padded * s.batch + row * width);
             const T* bias = reinterpret_cast<const T*>(packed);
-            packed += panel_bytes<T>(s.weights, width, depth);
+            packed += panel_stride<T>(s.weights, width, s.input_size, s.recurrent_size);
             const std::size_t count = s.hidden_size - unit < width ? s.hidden_size - unit : width;
             for (std::size_t gate = 0; gate < gate_count; ++gate) {
                 const T* gain_a = s.options.norm_ih + gate * s.hidden_size + unit;
@@ -282,6 +281,11 @@ inline void add_recurrent(const VariantSweep<T>& s, std::size_t step, const T* h
         part.sums = recurrent;
         part.sums_rows = s.batch;
         part.sums_row = 0;
+    }
+    if (s.weights == WeightType::int8) {
+        part.h_stride = static_cast<std::ptrdiff_t>(s.recurrent_size);
+        part.scratch = widened;
+        return kernels<T>().int8_step({part, Int8Part::recurrent});
     }
     if constexpr (panels_at_once<T> > 0)
         if (s.batch == 1) return row_of_weights<T>(part, KeepSums<T>{part});

@@ -26,6 +26,16 @@ struct Bfloat16Weights {
     template <class V>
     static V widen(const std::uint16_t* source) {
         constexpr int lanes = sizeof(V) / sizeof(float);
+        // By name, as gcc 12 makes several instructions of the conversion below.
+#if defined(__AVX512F__)
+        if constexpr (lanes == 16)
+            return bit_cast<V>(
+                _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, load<__m256i>(source)), 16));
+#endif
+#if defined(__AVX2__)
+        if constexpr (lanes == 8)
+            return bit_cast<V>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(source)), 16));
+#endif
         using Wide = Vector<std::uint32_t, lanes>;
         const auto narrow = load<Vector<std::uint16_t, lanes>>(source);
         return bit_cast<V>(__builtin_convertvector(narrow, Wide) << 16);

@@ -248,6 +248,7 @@ PYBIND11_MODULE(_runtime, module) {
         .def_property_readonly("answers", [](const Model& model) { return model.info.answers; })
         .def_property_readonly("window", [](const Model& model) { return model.info.window; })
         .def_property_readonly("horizon", [](const Model& model) { return model.info.horizon; })
+        .def_property_readonly("weights", [](const Model& model) { return cellstep_model_weights(model.handle); })
         .def_property_readonly("feature_names",
                                [](const Model& model) { return model.names(cellstep_model_feature_name); })
         .def_property_readonly("output_names",

@@ -190,6 +190,11 @@ cellstep_status cellstep_model_get_info(const cellstep_model* model, cellstep_mo
     return CELLSTEP_OK;
 }
 
+const char* cellstep_model_weights(const cellstep_model* model) {
+    static const char* const names[] = {"float32", "bfloat16", "float16", "int8"};
+    return model ? names[static_cast<int>(weight_type(*model->image.find(RecordKind::lstm)))] : nullptr;
+}
+
 const char* cellstep_model_feature_name(const cellstep_model* model, size_t index) {
     return model ? model->image.name(RecordKind::feature_names, index) : nullptr;
 }

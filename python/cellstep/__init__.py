@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cellstep import convert, nn, ops, runtime
     from cellstep.artifact import load
     from cellstep.exporters import export, load_model, save
+    from cellstep.quantization import quantize
     from cellstep.verification import verify
 
 __version__ = version("cellstep")
@@ -27,6 +28,7 @@ __all__ = [
     "load_model",
     "nn",
     "ops",
+    "quantize",
     "runtime",
     "save",
     "verify",
@@ -36,6 +38,7 @@ _FUNCTIONS = {
     "export": "cellstep.exporters",
     "load": "cellstep.artifact",
     "load_model": "cellstep.exporters",
+    "quantize": "cellstep.quantization",
     "save": "cellstep.exporters",
     "verify": "cellstep.verification",
 }

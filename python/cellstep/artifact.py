@@ -34,6 +34,12 @@ class Artifact(ABC):
         self.window: int = source.window
         self.horizon: int = source.horizon
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
+        self._weights: str = getattr(source, "weights", "")
+
+    @property
+    def weights(self) -> str:
+        """How the weights of LSTM layers are stored: "bfloat16", "float16" or "int8" if quantized, else the dtype."""
+        return self._weights or str(self.dtype)
 
     @property
     def num_layers(self) -> int:

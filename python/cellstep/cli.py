@@ -157,18 +157,32 @@ def export(
     output_names: Annotated[Optional[str], typer.Option(help="Of ONNX's y, h, c, with commas.")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(min=1, help="Of ExecuTorch's windows; default: as trained.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a call of ExecuTorch.")] = 1,
+    weights: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16 or int8, for .cellstep and .pt.")
+    ] = "float32",
+    calibration: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="CSV whose windows say how large int8 values become; default: noise of the model's scaling."),
+    ] = None,
 ) -> None:
     """Write a model as artifacts, by the suffix of each output."""
     import cellstep
     from cellstep.exporters import SUFFIXES
 
-    loaded = cellstep.load_model(model).eval()
+    loaded: Any = cellstep.load_model(model).eval()
     for output in outputs:
         if output.suffix not in SUFFIXES:
             raise ValueError(f"expected outputs that end in {', '.join(SUFFIXES)}; got '{output}'; rename it")
+    if calibration is not None and weights != "int8":
+        raise ValueError(f"expected --calibration with --weights int8 alone; got {weights} weights; leave one out")
+    if weights != "float32":
+        from cellstep.verification import test_windows
+
+        windows = None if calibration is None else test_windows(loaded, calibration)
+        loaded = cellstep.quantize(loaded, weights, windows)
     names = {"input_names": input_names, "output_names": output_names}
     options: dict[str, dict[str, Any]] = {
-        ".pt": {"standalone": standalone},
+        ".pt": {"standalone": standalone} if standalone else {},
         ".onnx": {key: value.split(",") for key, value in names.items() if value},
         ".pte": {"steps": steps, "batch_size": batch_size},
     }
@@ -291,7 +305,7 @@ def verify(
     _print_report(report)
     if report.failures:
         for row in report.failures:
-            reason = row.problem or f"{row.relative:.1e} of the range is past {tolerance:.1e}"
+            reason = row.problem or f"{row.relative:.1e} of the range is past {report.allowed(row):.1e}"
             print(f"error: {row.name} {row.artifact}: {reason}", file=sys.stderr)
         raise typer.Exit(1)
 
@@ -301,18 +315,19 @@ def _print_report(report: "Report") -> None:
         title=f"agreement over {report.windows} windows; largest difference from the first row",
         caption=f"relative to the output's range, {report.span:.6g}; equal bits: equal outputs to the last bit",
     )
-    for name in ("run by", "artifact"):
+    for name in ("run by", "artifact", "weights"):
         table.add_column(name, overflow="fold")
     for name in ("absolute", "relative", "ulp", "bits", "us/window"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         latency = "-" if row.latency is None else f"{row.latency:.1f}"
         if row.problem:
-            table.add_row(row.name, row.artifact, "-", "-", "-", row.problem.splitlines()[0][:20], latency)
+            table.add_row(row.name, row.artifact, row.weights, "-", "-", "-", row.problem.splitlines()[0][:20], latency)
         else:
             table.add_row(
                 row.name,
                 row.artifact,
+                row.weights,
                 f"{row.difference:.2e}",
                 f"{row.relative:.1e}",
                 str(row.ulps),
@@ -335,6 +350,7 @@ def info(
     facts = {
         "file": f"{model}, {model.stat().st_size:,} bytes",
         "layers": f"{artifact.num_layers} of {artifact.hidden_size} units, {artifact.dtype}",
+        "weights": artifact.weights,
         "answers": {"every": "every step", "last": "the last step", "hidden": "the last hidden state"}[
             artifact.answers
         ],

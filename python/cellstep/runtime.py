@@ -49,6 +49,7 @@ class Session:
         self.output_names = self.model.output_names
         self.window = self.model.window
         self.horizon = self.model.horizon
+        self.weights = self.model.weights
 
     def step(self, x: ArrayLike) -> Float32Array:
         """Move one step: x (input_size) gives y (output_size). ValueError for another shape."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cellstep.artifact import load
 from cellstep.nn import Chain
+from cellstep.quantization import TOLERANCES
 from cellstep.table import read_cells
 from cellstep.train.data import load_series, load_task, sample_path
 
@@ -40,6 +41,7 @@ class Row:
 
     name: str
     artifact: str
+    weights: str = "float32"  #: how the weights of LSTM layers are stored
     difference: float = 0.0  #: largest, in the output's unit
     relative: float = 0.0  #: the same over the range of the reference's outputs
     ulps: int = 0  #: largest distance in float32 units in the last place
@@ -50,12 +52,17 @@ class Row:
 
 @dataclass
 class Report:
-    """The agreement table. ``span`` is the range of the reference's outputs, in their unit."""
+    """The agreement table. ``span`` is the range of the reference's outputs, in their unit; ``tolerance`` that of
+    full weights, see :meth:`allowed` for others."""
 
     rows: list[Row]
     windows: int
     span: float
     tolerance: float
+
+    def allowed(self, row: Row) -> float:
+        """Largest relative difference that passes: for narrow weights at least :data:`quantization.TOLERANCES`."""
+        return max(self.tolerance, TOLERANCES.get(row.weights, 0.0))
 
     @property
     def failures(self) -> list[Row]:
@@ -67,7 +74,7 @@ class Report:
         return [
             row
             for row in self.rows
-            if row.problem or not (row.relative <= self.tolerance or row.ulps <= _ROUNDING_ULPS)
+            if row.problem or not (row.relative <= self.allowed(row) or row.ulps <= _ROUNDING_ULPS)
         ]
 
 
@@ -86,7 +93,8 @@ def verify(
     Args:
         artifacts: paths of files that :func:`cellstep.load` reads.
         windows: (N, T, input_size); by default those of :func:`test_windows`.
-        tolerance: largest difference allowed, relative to the range of the reference's outputs.
+        tolerance: largest difference allowed, relative to the range of the reference's outputs. Artifacts of narrow
+            weights may differ more: see :data:`cellstep.quantization.TOLERANCES`.
         compiled: run the model under ``torch.compile`` as well, which calls the C++ compiler of the machine.
 
     Raises:
@@ -102,7 +110,7 @@ def verify(
     span = float(np.ptp(truth)) or float(np.abs(truth).max()) or 1.0
     report = Report([], len(x), span, tolerance)
 
-    def add(name: str, artifact: str, run: Callable[[Float32Array], Float32Array]) -> None:
+    def add(name: str, artifact: str, run: Callable[[Float32Array], Float32Array], weights: str = "float32") -> None:
         y = run(x)
         one = x[:1]
         times = []
@@ -110,7 +118,9 @@ def verify(
             begin = time.perf_counter()
             run(one)
             times.append(time.perf_counter() - begin)
-        report.rows.append(_compare(Row(name, artifact, latency=float(np.median(times)) * 1e6), y, truth, span))
+        report.rows.append(
+            _compare(Row(name, artifact, weights, latency=float(np.median(times)) * 1e6), y, truth, span)
+        )
 
     add("eager, torch kernels", "-", _eager(reference))
     add("eager, cellstep", "-", _eager(ours))
@@ -125,9 +135,10 @@ def verify(
             )
         label = Path(artifact.path).name
         suffix = Path(artifact.path).suffix
-        add(_RUN_BY.get(suffix, "Python"), label, artifact)
+        add(_RUN_BY.get(suffix, "Python"), label, artifact, artifact.weights)
         if suffix in _PROGRAMS:
-            report.rows.append(_run_program(_PROGRAMS[suffix], artifact.path, artifact.feature_names, x, truth, span))
+            row = Row(_PROGRAMS[suffix], label, artifact.weights)
+            report.rows.append(_run_program(row, artifact.path, artifact.feature_names, x, truth, span))
     return report
 
 
@@ -185,10 +196,9 @@ def _ordered(values: Float32Array) -> NDArray[np.int64]:
     return np.where(bits < 0, -(2**31) - bits, bits)
 
 
-def _run_program(program: str, path: str, names: list[str], x: Float32Array, truth: Float32Array, span: float) -> Row:
-    """Run a program over the windows, one under the other in a CSV file."""
-    row = Row(program, Path(path).name)
-    command = shutil.which(program, path=str(Path(sys.executable).parent)) or shutil.which(program)
+def _run_program(row: Row, path: str, names: list[str], x: Float32Array, truth: Float32Array, span: float) -> Row:
+    """Run the row's program over the windows, one under the other in a CSV file."""
+    command = shutil.which(row.name, path=str(Path(sys.executable).parent)) or shutil.which(row.name)
     if command is None:
         row.problem = "not built"
         return row

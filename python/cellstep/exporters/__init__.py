@@ -11,7 +11,7 @@ from cellstep.exporters.executorch_program import export_executorch
 from cellstep.exporters.interchange import load_model, save
 from cellstep.exporters.onnx_graph import export_onnx
 from cellstep.exporters.package import export_package
-from cellstep.exporters.torchscript import export_torchscript
+from cellstep.exporters.torchscript import PackedChain, export_torchscript
 from cellstep.nn import LSTM, Chain
 
 __all__ = ["SUFFIXES", "export", "load_model", "save"]
@@ -39,7 +39,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> No
 
     Args:
         model: a :class:`cellstep.nn.Chain`, such as a ``Forecaster``; an :class:`cellstep.nn.LSTM` is exported as
-            ``Chain(lstm, answers="every")``.
+            ``Chain(lstm, answers="every")``. What :func:`cellstep.quantize` gave goes to ``.cellstep`` and ``.pt``.
         options: of the exporter: ``standalone`` for ``.pt``; ``input_names``, ``output_names``, ``lengths`` and
             ``reset`` for ``.onnx``; ``batch_size``, ``steps`` and ``partitioner`` for ``.pte``.
 
@@ -53,6 +53,14 @@ def export(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> No
     writer = _WRITERS.get(target.suffix)
     if writer is None:
         raise ValueError(f"expected a path that ends in {', '.join(SUFFIXES)}; got '{target}'; rename the output")
+    if isinstance(model, PackedChain):
+        if target.suffix not in (".cellstep", ".pt"):
+            raise ValueError(
+                f"expected a path that ends in .cellstep or .pt for a quantized model; got '{target}'; export the "
+                "model that it was made from"
+            )
+        writer(model, target, **options)
+        return
     if isinstance(model, LSTM):
         model = Chain(model, answers="every").train(model.training)
     if not isinstance(model, Chain):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Optional
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import cellstep
@@ -20,6 +21,8 @@ from cellstep.nn.packed import aligned_bytes
 _ATTRIBUTES = ["feature_names", "output_names", "window", "horizon", "answers"]
 _SIZES = ["input_size", "output_size", "state_layers", "h_size", "c_size"]
 _METHODS = ["answer", "initial_state", "reset", "run", "step"]
+#: What a standalone file has not.
+_PACKED = ["weights"]
 #: Kept as tensors of the module where freezing would make constants of them, which do not move between devices.
 _TENSORS = ["image", "initial_h", "initial_c"]
 
@@ -29,6 +32,11 @@ class PackedChain(nn.Module):
 
     The methods are those of :class:`cellstep.nn.Chain`. On another device than the CPU the call itself takes place on
     the CPU.
+
+    Args:
+        weights: how the weights of LSTM layers are stored: "float32", which stands for the model's own type,
+            "bfloat16", "float16" or "int8".
+        factors: for int8, see :func:`cellstep.exporters.deploy.image`.
     """
 
     input_size: Final[int]
@@ -37,6 +45,7 @@ class PackedChain(nn.Module):
     h_size: Final[int]
     c_size: Final[int]
     answers: Final[str]
+    weights: Final[str]
     _answers: Final[int]
     feature_names: list[str]
     output_names: list[str]
@@ -44,7 +53,7 @@ class PackedChain(nn.Module):
     initial_h: Tensor
     initial_c: Tensor
 
-    def __init__(self, model: Chain) -> None:
+    def __init__(self, model: Chain, weights: str = "float32", factors: list[NDArray[Any]] | None = None) -> None:
         super().__init__()
         self.input_size = model.input_size
         self.output_size = model.output_size
@@ -52,6 +61,7 @@ class PackedChain(nn.Module):
         self.h_size = model.h_size
         self.c_size = model.c_size
         self.answers = model.answers
+        self.weights = str(model.dtype).removeprefix("torch.") if weights == "float32" else weights
         self.window = model.window
         self.horizon = model.horizon
         self._answers = ANSWERS.index(model.answers)
@@ -60,7 +70,20 @@ class PackedChain(nn.Module):
         h, c = (part.detach().clone() for part in model.initial_state(1))
         self.register_buffer("initial_h", h)
         self.register_buffer("initial_c", c)
-        self.register_buffer("image", aligned_bytes(image(model)))
+        self.register_buffer("image", aligned_bytes(image(model, weights, factors)))
+        self.eval()
+
+    def train(self, mode: bool = True) -> "PackedChain":
+        if mode:
+            raise RuntimeError(
+                "expected a model to train; got packed weights, which are for inference alone; train the float model "
+                "and pack it again"
+            )
+        return super().train(mode)
+
+    @torch.jit.unused
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.output_size}, weights={self.weights}"
 
     def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
         windows = x if x.dim() == 3 else x.unsqueeze(0)
@@ -96,6 +119,8 @@ class PackedChain(nn.Module):
     def _run(
         self, x: Tensor, h: Tensor, c: Tensor, answers: int, lengths: Optional[Tensor], reset: Optional[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("expected an input without gradient; packed weights have none; train the float model")
         if lengths is not None:
             lengths = lengths.to(torch.int64)
         if x.device == torch.device("cpu"):
@@ -118,10 +143,10 @@ def packed(model: Chain) -> PackedChain:
     """The chain as one tensor and one operator. ValueError for another dtype than float32 and float64."""
     if model.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"expected a float32 or float64 model; got {model.dtype}; use model.float()")
-    return PackedChain(model).eval()
+    return PackedChain(model)
 
 
-def export_torchscript(model: Chain, path: Path, standalone: bool = False) -> None:
+def export_torchscript(model: Chain | PackedChain, path: Path, standalone: bool = False) -> None:
     """Script, freeze and save a model.
 
     Args:
@@ -129,16 +154,19 @@ def export_torchscript(model: Chain, path: Path, standalone: bool = False) -> No
             device, slower on a CPU.
 
     Raises:
-        ValueError: the model is neither float32 nor float64, unless ``standalone``.
+        ValueError: the model is neither float32 nor float64, unless ``standalone``; or it is quantized, and it is.
     """
-    if standalone:
+    if standalone and not isinstance(model, Chain):
+        raise ValueError("expected standalone=False for a quantized model, which has an operator of its own; got True")
+    if isinstance(model, Chain) and standalone:
         module: nn.Module = model.reference()
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         scripted = torch.jit.script(module)  # unfrozen: constants would not move between devices
     else:
         scripted = torch.jit.freeze(
-            torch.jit.script(packed(model)), preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _TENSORS
+            torch.jit.script(packed(model) if isinstance(model, Chain) else model),
+            preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _PACKED + _TENSORS,
         )
     with replacing(path) as temporary:
         # The version that wrote the file tells whoever lacks an operator what to install.

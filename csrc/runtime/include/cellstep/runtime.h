@@ -90,6 +90,9 @@ typedef struct cellstep_model_info {
 
 CELLSTEP_API cellstep_status cellstep_model_get_info(const cellstep_model* model, cellstep_model_info* info);
 
+/** How the weights of the LSTM layers are stored: "float32", "bfloat16", "float16" or "int8"; null for a null model. */
+CELLSTEP_API const char* cellstep_model_weights(const cellstep_model* model);
+
 /** Name of input column `index`, or null where the file has no names or the index is out of range. */
 CELLSTEP_API const char* cellstep_model_feature_name(const cellstep_model* model, size_t index);
 
