@@ -71,7 +71,7 @@ struct Memory {
 
 template <class T>
 std::size_t shares_of(const LayerBackward<T>& layer, std::size_t (&begin)[max_row_shares + 1]) {
-    return row_shares(layer.steps, layer.parallel, gate_count * layer.hidden_size * layer.recurrent_size, begin);
+    return row_shares(layer.steps, layer.parallel, token_work(0, layer.hidden_size, layer.recurrent_size), begin);
 }
 
 template <class T>

@@ -25,6 +25,11 @@ inline void step_backward(const StepBackward<T>& s) {
         const T* grad_h_row = s.grad_h + static_cast<std::ptrdiff_t>(row) * s.grad_h_stride;
         for (std::size_t unit = 0; unit < units; unit += static_cast<std::size_t>(lanes)) {
             const std::size_t count = units - unit;
+            // What forward has saved lies far away by now, and no stream of it is long enough to be foreseen.
+            for (std::size_t gate = 0; gate < gate_count; ++gate)
+                __builtin_prefetch(gates + (2 * gate_count + gate) * units + unit);
+            __builtin_prefetch(s.cell_prev + (row + 2) * units + unit);
+            if (s.grad_y) __builtin_prefetch(s.grad_y + (row + 2) * units + unit);
             const std::size_t at = row * units + unit;
             const V i = load_part<V>(gates + unit, count);
             const V f = load_part<V>(gates + units + unit, count);

@@ -45,6 +45,12 @@ std::size_t share_scratch(const RaggedForward<T>& layer) {
 }
 
 template <class T>
+std::size_t shares_of(const RaggedForward<T>& layer, std::size_t (&begin)[max_row_shares + 1]) {
+    return row_shares(layer.steps, layer.parallel,
+                      token_work(layer.input_size, layer.hidden_size, layer.recurrent_size), begin);
+}
+
+template <class T>
 void run_rows(const RaggedForward<T>& layer, std::size_t first, std::size_t last, T* scratch) {
     const FlushDenormals flush;
     const std::size_t units = layer.hidden_size;
@@ -91,18 +97,13 @@ void run_rows(const RaggedForward<T>& layer, std::size_t first, std::size_t last
 template <class T>
 std::size_t ragged_scratch(const RaggedForward<T>& layer) {
     std::size_t begin[max_row_shares + 1];
-    return row_shares(layer.steps, layer.parallel,
-                      gate_count * layer.hidden_size * (layer.input_size + layer.recurrent_size), begin) *
-           share_scratch(layer);
+    return shares_of(layer, begin) * share_scratch(layer);
 }
 
 template <class T>
 void ragged_forward(const RaggedForward<T>& layer, T* scratch) {
     std::size_t begin[max_row_shares + 1];
-    const std::size_t shares =
-        row_shares(layer.steps, layer.parallel,
-                   gate_count * layer.hidden_size * (layer.input_size + layer.recurrent_size), begin);
-    for_each(layer.parallel, shares, [&](std::size_t share) {
+    for_each(layer.parallel, shares_of(layer, begin), [&](std::size_t share) {
         run_rows(layer, begin[share], begin[share + 1], scratch + share * share_scratch(layer));
     });
 }

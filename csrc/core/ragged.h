@@ -59,11 +59,18 @@ void for_each_step(const PackedSteps& steps, bool back, std::size_t first, std::
     }
 }
 
-/// Threads that the rows are shared between, for `work` multiply-adds a token, and the first row of each share: the
-/// shares have about as many tokens. At most max_row_shares.
+/// Most threads that the rows are shared between.
 constexpr std::size_t max_row_shares = 64;
+
+/// Shares of the rows for the threads, none where one thread is faster; row begin[k] is the first of share k. The shares
+/// have about as many tokens, each of which takes `work` multiply-adds.
 std::size_t row_shares(const PackedSteps& steps, const Parallel* parallel, std::size_t work,
                        std::size_t (&begin)[max_row_shares + 1]);
+
+/// Multiply-adds of a token.
+constexpr std::size_t token_work(std::size_t input_size, std::size_t hidden_size, std::size_t recurrent_size) {
+    return 4 * hidden_size * (input_size + recurrent_size);
+}
 
 template <class T>
 struct RaggedForward {

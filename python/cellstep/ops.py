@@ -228,8 +228,8 @@ _DIFFERENTIABLE = [
 ]
 _NO_GRADIENT = _DIFFERENTIABLE.index("reset")
 _TENSORS = len(_DIFFERENTIABLE) + 4  # and four masks
-#: What a layer without options has: the tensors before ``weight_hr``, and these.
-_PLAIN_TENSORS = _DIFFERENTIABLE.index("weight_hr")
+#: What a layer without options has: the tensors up to ``weight_hr``, and these.
+_PLAIN_TENSORS = _DIFFERENTIABLE.index("weight_hr") + 1
 _PLAIN_OPTIONS = [False, 0.0, 0.0, 0.0, *PLAIN_ACTIVATIONS]
 
 # Its backward pass is an operator as well, so that torch.compile and torch.export see one call and not its steps.
@@ -400,11 +400,16 @@ def _layer_of_options_backward(
     if not ctx.saved:
         _, _, _, cells = torch.ops.cellstep.lstm_variant(*inputs, *ctx.options, True)
     if ctx.options == _PLAIN_OPTIONS and all(tensor is None for tensor in inputs[_PLAIN_TENSORS:]):
-        _, _, _, gates, _ = torch.ops.cellstep.lstm_layer(*inputs[:_PLAIN_TENSORS], True)
-        *plain, to_bias = torch.ops.cellstep.lstm_layer_backward(
-            grad_y, grad_h, grad_c, grad_cells, *inputs[:5], y, gates, cells, True, True
+        x, *rest, weight_hr = inputs[:_PLAIN_TENSORS]
+        x, rows = x.flatten(0, 1), (None if grad is None else grad.flatten(0, 1) for grad in (grad_y, grad_cells))
+        _, _, _, gates, cells = torch.ops.cellstep.lstm_packed(x, None, *rest, weight_hr, False, True)
+        grad_y, grad_cells = rows
+        to_x, to_h, to_c, to_ih, to_hh, to_bias, to_hr = torch.ops.cellstep.lstm_packed_backward(
+            *(grad_y, grad_h, grad_c, grad_cells, x, None, *rest[:4], weight_hr, y.flatten(0, 1), gates, cells),
+            *(False, True, True),
         )
-        plain = [*plain, *(None if bias is None else to_bias for bias in inputs[5:7])]
+        found = [to_x.view_as(inputs[0]), to_h, to_c, to_ih, to_hh, to_bias, to_bias, to_hr]
+        plain = [None if tensor is None else grad for tensor, grad in zip(inputs, found, strict=False)]
         return (*plain, *(None,) * (len(_DIFFERENTIABLE) - _PLAIN_TENSORS), *nothing)
     found = torch.ops.cellstep.lstm_variant_backward(
         _or_zeros(grad_y, y),

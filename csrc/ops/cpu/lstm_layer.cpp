@@ -66,6 +66,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer(Tensor x, Tensor h
         check_argument(op, bias == &bias_ih ? "bias_ih" : "bias_hh", **bias, x, {gate_rows});
         *bias = as_contiguous(**bias);
     }
+    if (rows_are_shared(steps, batch, x.size(2), units)) {
+        const auto [y, h_n, c_n, gates, cells] = lstm_packed(as_rows(x), std::nullopt, h, c, weight_ih, weight_hh,
+                                                             bias_ih, bias_hh, std::nullopt, false, save);
+        const auto in_steps = [&](const Tensor& rows) {
+            const std::int64_t width = rows.size(1);
+            return view_of(rows, {steps, batch, width}, {batch * width, width, 1});
+        };
+        return {in_steps(y), h_n, c_n, save ? in_steps(gates) : gates, save ? in_steps(cells) : cells};
+    }
     h = as_contiguous(h);
     const Tensor c_n = copy_of(c);
     const Tensor h_n = empty(x, {batch, units});

@@ -179,6 +179,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_packed(Tensor x, Maybe b
         *bias = as_contiguous(**bias);
     }
     x = as_contiguous(x);
+    // Rows that all have every step, on one thread: lstm_layer reads weight_ih once for many steps where rows are few.
+    const std::int64_t batch = h.size(0);
+    if (!steps.rows && !weight_hr && !reverse && tokens > 0 &&
+        !rows_are_shared(tokens / batch, batch, x.size(1), units)) {
+        const auto [y, h_n, c_n, gates, cells] =
+            lstm_layer(view_of(x, {tokens / batch, batch, x.size(1)}, {batch * x.size(1), x.size(1), 1}), h, c,
+                       weight_ih, weight_hh, bias_ih, bias_hh, save);
+        return {as_rows(y), h_n, c_n, save ? as_rows(gates) : gates, save ? as_rows(cells) : cells};
+    }
     const Tensor h_n = copy_of(h);
     const Tensor c_n = copy_of(c);
     const Tensor y = empty(x, {tokens, h.size(1)});
