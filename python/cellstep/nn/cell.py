@@ -94,7 +94,7 @@ class LSTMCell(nn.Module):
                 f"Expected input, state and parameters on one device, got {x.device}, {h.device}, {c.device} and "
                 f"{self.weight_ih.device}"
             )
-        if not torch.jit.is_scripting() and self.use_ops and widens(x):
+        if self.use_ops and widens(x) and h.dtype == x.dtype and c.dtype == x.dtype:
             h, c = self._step_widened(x, h, c)
         elif self.use_ops and has_kernel(x):
             h, c, _ = torch.ops.cellstep.lstm_cell(

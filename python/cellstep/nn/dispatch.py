@@ -39,4 +39,6 @@ def widens(x: Tensor) -> bool:
     that compute in half precision are few, and elsewhere torch's own operators take several times as long."""
     if x.device.type != "cpu" or (x.dtype != torch.bfloat16 and x.dtype != torch.float16):
         return False
+    if torch.jit.is_scripting():
+        return False
     return USE_OPS and not (autocasting(x) or transforms_active() or torch.compiler.is_compiling())

@@ -583,7 +583,7 @@ class LSTM(nn.Module):
         (P, input_size), packed as ``batch_sizes`` tells."""
         kernels = self.use_ops and has_kernel(x)
         if not torch.jit.is_scripting():
-            if self.use_ops and widens(x):
+            if self.use_ops and widens(x) and h.dtype == x.dtype and c.dtype == x.dtype:
                 wide = [weight.float() for weight in weights]
                 answers = self._stack(x.float(), h.float(), c.float(), wide, lengths, reset, batch_sizes)
                 output, h, c, cells = [answer.to(x.dtype) for answer in answers]
