@@ -1,6 +1,7 @@
 /// Backward through ragged_forward and layer_forward: the sweep back in time, which gives the gradients of all gate
 /// sums. Those of inputs and weights are matrix products of them over all steps at once, which are the caller's:
-///   grad_x = grad_gates weight_ih,  grad_weight_ih = grad_gates^T x,  grad_weight_hh = grad_gates^T h of the step before,
+///   grad_x = grad_gates weight_ih,  grad_weight_ih = grad_gates^T x,  grad_weight_hh = grad_gates^T h of the step
+///   before,
 /// and behind a projection grad_weight_hr = grad_outputs^T hidden.
 #pragma once
 

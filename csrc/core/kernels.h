@@ -59,7 +59,7 @@ struct StepBackward {
     const T* gates;      ///< (rows, 4 hidden_size), as saved
     const T* cell;       ///< (rows, hidden_size), c after the step
     const T* cell_prev;  ///< (rows, hidden_size), c before the step
-    const T* grad_h;     ///< (rows, hidden_size), row stride grad_h_stride: for the h of the step, by way of the next one
+    const T* grad_h;  ///< (rows, hidden_size), row stride grad_h_stride: for the h of the step, by way of the next one
     std::ptrdiff_t grad_h_stride;
     const T* grad_y;     ///< null, or (rows, hidden_size): for the h of the step, as an output
     const T* grad_cell;  ///< null, or (rows, hidden_size): for the c of the step, as an output

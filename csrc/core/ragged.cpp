@@ -83,8 +83,8 @@ void run_rows(const RaggedForward<T>& layer, std::size_t first, std::size_t last
         s.backwards = !s.backwards;
         if (layer.projection) {
             std::memset(y, 0, at.rows * recurrent * sizeof(T));
-            kernels<T>().product({at.rows, recurrent, units, hidden, s.h_next_stride, 1, layer.projection, s.h_stride,
-                                  y, s.h_stride});
+            kernels<T>().product(
+                {at.rows, recurrent, units, hidden, s.h_next_stride, 1, layer.projection, s.h_stride, y, s.h_stride});
         }
         // A row whose last step this was keeps its state; one whose first step comes finds its own.
         std::memcpy(h, y, at.rows * recurrent * sizeof(T));

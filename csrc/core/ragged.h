@@ -62,8 +62,8 @@ void for_each_step(const PackedSteps& steps, bool back, std::size_t first, std::
 /// Most threads that the rows are shared between.
 constexpr std::size_t max_row_shares = 64;
 
-/// Shares of the rows for the threads, none where one thread is faster; row begin[k] is the first of share k. The shares
-/// have about as many tokens, each of which takes `work` multiply-adds.
+/// Shares of the rows for the threads, none where one thread is faster; row begin[k] is the first of share k. The
+/// shares have about as many tokens, each of which takes `work` multiply-adds.
 std::size_t row_shares(const PackedSteps& steps, const Parallel* parallel, std::size_t work,
                        std::size_t (&begin)[max_row_shares + 1]);
 

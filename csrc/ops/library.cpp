@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY(cellstep, library) {
         "bool to_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     library.def(
         "lstm_packed(Tensor x, Tensor? batch_sizes, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, "
-        "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, bool reverse, bool save) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, bool reverse, bool save_gates, "
+        "bool save_cells) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     library.def(
         "lstm_packed_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor? grad_cells, Tensor x, "
         "Tensor? batch_sizes, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? weight_hr, Tensor y, "

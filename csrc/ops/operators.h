@@ -34,22 +34,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(
     Tensor gates, Tensor cells, bool to_x, bool to_weights);
 
 /// A plain layer, perhaps with a projection to R values, over packed sequences: x (P, I) holds the rows of the first
-/// step, then those of the second and so on; batch_sizes (T) int64 tells how many rows each step has, not rising; without
-/// it every step has all N. h (N, R) and c (N, H) -> y (P, R), h (N, R) and c (N, H) behind each row's last step, gates
-/// (P, 4 H) and cells (P, H), the last two empty unless `save`. `reverse`: from the last step to the first.
+/// step, then those of the second and so on; batch_sizes (T) int64 tells how many rows each step has, not rising;
+/// without it every step has all N. h (N, R) and c (N, H) -> y (P, R), h (N, R) and c (N, H) behind each row's last
+/// step, gates (P, 4 H) unless not `save_gates`, and cells (P, H) unless not `save_cells`, else empty. `reverse`: from
+/// the last step to the first.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_packed(Tensor x, std::optional<Tensor> batch_sizes, Tensor h,
                                                                Tensor c, Tensor weight_ih, Tensor weight_hh,
                                                                std::optional<Tensor> bias_ih,
                                                                std::optional<Tensor> bias_hh,
                                                                std::optional<Tensor> weight_hr, bool reverse,
-                                                               bool save);
+                                                               bool save_gates, bool save_cells);
 
 /// As lstm_layer_backward; the last gradient is that of weight_hr, empty without one.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_packed_backward(
     std::optional<Tensor> grad_y, std::optional<Tensor> grad_h, std::optional<Tensor> grad_c,
-    std::optional<Tensor> grad_cells, Tensor x, std::optional<Tensor> batch_sizes, Tensor h, Tensor c,
-    Tensor weight_ih, Tensor weight_hh, std::optional<Tensor> weight_hr, Tensor y, Tensor gates, Tensor cells,
-    bool reverse, bool to_x, bool to_weights);
+    std::optional<Tensor> grad_cells, Tensor x, std::optional<Tensor> batch_sizes, Tensor h, Tensor c, Tensor weight_ih,
+    Tensor weight_hh, std::optional<Tensor> weight_hr, Tensor y, Tensor gates, Tensor cells, bool reverse, bool to_x,
+    bool to_weights);
 
 /// A layer with options, forward alone: x (T, N, I), h (N, R), c (N, H) -> y (T, N, R), h, c, and c of every step
 /// (T, N, H), empty unless `save_cells`. python/cellstep/formula.py has the formula and the shapes of the others.

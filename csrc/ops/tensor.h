@@ -152,8 +152,8 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
 inline Tensor view_of(const Tensor& tensor, std::initializer_list<std::int64_t> sizes,
                       std::initializer_list<std::int64_t> strides, std::int64_t offset = 0) {
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-        tensor.get(), static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<std::int64_t>(sizes.size()),
+                                                                 sizes.begin(), strides.begin(), offset, &handle));
     return Tensor(handle);
 }
 

@@ -144,15 +144,16 @@ def _(
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     reverse: bool,
-    save: bool,
+    save_gates: bool,
+    save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, units = x.shape[0], c.shape[1]
     return (
         x.new_empty(tokens, h.shape[1]),
         x.new_empty(h.shape),
         x.new_empty(c.shape),
-        x.new_empty((tokens, 4 * units) if save else (0,)),
-        x.new_empty((tokens, units) if save else (0,)),
+        x.new_empty((tokens, 4 * units) if save_gates else (0,)),
+        x.new_empty((tokens, units) if save_cells else (0,)),
     )
 
 
@@ -322,7 +323,7 @@ def _wanted(ctx: _Ctx, gradients: list[Tensor]) -> _Grads:
 
 
 def _setup_packed(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.reverse, ctx.saved = inputs
+    *tensors, ctx.reverse, ctx.saved_gates, ctx.saved_cells = inputs
     y, _, _, gates, cells = output
     ctx.save_for_backward(*tensors, y, gates, cells)
     ctx.mark_non_differentiable(gates)
@@ -333,7 +334,7 @@ def _packed_backward(
     ctx: _Ctx, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, _: None, grad_cells: Tensor | None
 ) -> _Grads:
     *inputs, y, gates, cells = ctx.saved_tensors
-    grads = grad_y, grad_h, grad_c, grad_cells if ctx.saved else None
+    grads = grad_y, grad_h, grad_c, grad_cells if ctx.saved_cells else None
     x, batch_sizes, h, c, weight_ih, weight_hh, _bias_ih, _bias_hh, weight_hr = inputs
     if torch.is_grad_enabled():
 
@@ -342,16 +343,16 @@ def _packed_backward(
             return lstm_packed_steps(first, batch_sizes, *others, ctx.reverse)  # type: ignore[arg-type]
 
         to_input, *others = _differentiable_gradients(steps, grads, (x, *inputs[2:]))
-        return (to_input, None, *others, None, None)
-    if not ctx.saved:
-        _, _, _, gates, cells = torch.ops.cellstep.lstm_packed(*inputs, ctx.reverse, True)
+        return (to_input, None, *others, None, None, None)
+    if not (ctx.saved_gates and ctx.saved_cells):
+        _, _, _, gates, cells = torch.ops.cellstep.lstm_packed(*inputs, ctx.reverse, True, True)
     needed = ctx.needs_input_grad
     to_x, to_h, to_c, to_ih, to_hh, to_bias, to_hr = torch.ops.cellstep.lstm_packed_backward(
         *grads,
         *(x, batch_sizes, h, c, weight_ih, weight_hh, weight_hr, y, gates, cells),
         *(ctx.reverse, needed[0], any(needed[4:6]) or needed[8]),
     )
-    return (*_wanted(ctx, [to_x, to_x, to_h, to_c, to_ih, to_hh, to_bias, to_bias, to_hr]), None, None)
+    return (*_wanted(ctx, [to_x, to_x, to_h, to_c, to_ih, to_hh, to_bias, to_bias, to_hr]), None, None, None)
 
 
 def _setup_cell(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -402,7 +403,7 @@ def _layer_of_options_backward(
     if ctx.options == _PLAIN_OPTIONS and all(tensor is None for tensor in inputs[_PLAIN_TENSORS:]):
         x, *rest, weight_hr = inputs[:_PLAIN_TENSORS]
         x, rows = x.flatten(0, 1), (None if grad is None else grad.flatten(0, 1) for grad in (grad_y, grad_cells))
-        _, _, _, gates, cells = torch.ops.cellstep.lstm_packed(x, None, *rest, weight_hr, False, True)
+        _, _, _, gates, cells = torch.ops.cellstep.lstm_packed(x, None, *rest, weight_hr, False, True, True)
         grad_y, grad_cells = rows
         to_x, to_h, to_c, to_ih, to_hh, to_bias, to_hr = torch.ops.cellstep.lstm_packed_backward(
             *(grad_y, grad_h, grad_c, grad_cells, x, None, *rest[:4], weight_hr, y.flatten(0, 1), gates, cells),

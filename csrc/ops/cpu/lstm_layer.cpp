@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer(Tensor x, Tensor h
     }
     if (rows_are_shared(steps, batch, x.size(2), units)) {
         const auto [y, h_n, c_n, gates, cells] = lstm_packed(as_rows(x), std::nullopt, h, c, weight_ih, weight_hh,
-                                                             bias_ih, bias_hh, std::nullopt, false, save);
+                                                             bias_ih, bias_hh, std::nullopt, false, save, save);
         const auto in_steps = [&](const Tensor& rows) {
             const std::int64_t width = rows.size(1);
             return view_of(rows, {steps, batch, width}, {batch * width, width, 1});
@@ -109,8 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(
     const auto [grad_x, grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias, none] =
         lstm_packed_backward(grad_y, grad_h, grad_c, grad_cells, as_rows(x), std::nullopt, h, c, weight_ih, weight_hh,
                              std::nullopt, as_rows(y), as_rows(gates), as_rows(cells), false, to_x, to_weights);
-    const Tensor to_input =
-        to_x ? view_of(grad_x, {steps, batch, inputs}, {batch * inputs, inputs, 1}) : grad_x;
+    const Tensor to_input = to_x ? view_of(grad_x, {steps, batch, inputs}, {batch * inputs, inputs, 1}) : grad_x;
     return {to_input, grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias};
 }
 

@@ -31,8 +31,9 @@ core::PackedSteps packed_steps(const char* op, const Tensor& x, Maybe& batch_siz
     for (std::int64_t step = 0; step < steps; ++step) {
         const std::int64_t most = step == 0 ? batch : sizes[step - 1];
         if (sizes[step] < 0 || sizes[step] > most)
-            fail(op, ": expected batch_sizes from 0 to the ", batch, " rows of h and none larger than the one before, got ",
-                 sizes[step], " at ", step, ": sort the rows by falling length");
+            fail(op, ": expected batch_sizes from 0 to the ", batch,
+                 " rows of h and none larger than the one before, got ", sizes[step], " at ", step,
+                 ": sort the rows by falling length");
         sum += sizes[step];
     }
     if (sum != tokens)
@@ -167,7 +168,7 @@ void check_layer(const char* op, const Tensor& x, const Tensor& h, const Tensor&
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_packed(Tensor x, Maybe batch_sizes, Tensor h, Tensor c,
                                                                Tensor weight_ih, Tensor weight_hh, Maybe bias_ih,
                                                                Maybe bias_hh, Maybe weight_hr, bool reverse,
-                                                               bool save) {
+                                                               bool save_gates, bool save_cells) {
     const char* op = "lstm_packed";
     check_layer(op, x, h, c, weight_ih, weight_hh, weight_hr);
     const std::int64_t tokens = x.size(0);
@@ -181,21 +182,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_packed(Tensor x, Maybe b
     x = as_contiguous(x);
     // Rows that all have every step, on one thread: lstm_layer reads weight_ih once for many steps where rows are few.
     const std::int64_t batch = h.size(0);
-    if (!steps.rows && !weight_hr && !reverse && tokens > 0 &&
+    if (!steps.rows && !weight_hr && !reverse && tokens > 0 && save_gates == save_cells &&
         !rows_are_shared(tokens / batch, batch, x.size(1), units)) {
         const auto [y, h_n, c_n, gates, cells] =
             lstm_layer(view_of(x, {tokens / batch, batch, x.size(1)}, {batch * x.size(1), x.size(1), 1}), h, c,
-                       weight_ih, weight_hh, bias_ih, bias_hh, save);
-        return {as_rows(y), h_n, c_n, save ? as_rows(gates) : gates, save ? as_rows(cells) : cells};
+                       weight_ih, weight_hh, bias_ih, bias_hh, save_gates);
+        return {as_rows(y), h_n, c_n, save_gates ? as_rows(gates) : gates, save_cells ? as_rows(cells) : cells};
     }
     const Tensor h_n = copy_of(h);
     const Tensor c_n = copy_of(c);
     const Tensor y = empty(x, {tokens, h.size(1)});
-    const Tensor gates = save ? empty(x, {tokens, 4 * units}) : empty(x, {0});
-    const Tensor cells = save ? empty(x, {tokens, units}) : empty(x, {0});
+    const Tensor gates = save_gates ? empty(x, {tokens, 4 * units}) : empty(x, {0});
+    const Tensor cells = save_cells ? empty(x, {tokens, units}) : empty(x, {0});
     const auto kernel = is_float(x) ? forward<float> : forward<double>;
     kernel(steps, x, h_n, c_n, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, y,
-           save ? Maybe(gates) : std::nullopt, save ? Maybe(cells) : std::nullopt);
+           save_gates ? Maybe(gates) : std::nullopt, save_cells ? Maybe(cells) : std::nullopt);
     return {y, h_n, c_n, gates, cells};
 }
 

@@ -539,8 +539,6 @@ class LSTM(nn.Module):
             return False
         if self.training and self.recurrent_dropout > 0.0:
             return False
-        if self.return_cell_states and self.memory_efficient:  # the operator answers cells and gates together
-            return False
         return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
     @torch.jit.unused
@@ -743,9 +741,10 @@ class LSTM(nn.Module):
         """One layer in one direction: x (P, I) -> y (P, R), h_n, c_n, cells (P, H)."""
         weight_hh = nn.functional.dropout(p["weight_hh"], self.weight_drop, self.training)
         biases = p.get("bias_ih"), p.get("bias_hh")
-        save = (torch.is_grad_enabled() and not self.memory_efficient) or want_cells
+        keep = torch.is_grad_enabled() and not self.memory_efficient
+        weights = p["weight_ih"], weight_hh, *biases, p.get("weight_hr")
         y, h, c, _, cells = torch.ops.cellstep.lstm_packed(
-            x, batch_sizes, h, c, p["weight_ih"], weight_hh, *biases, p.get("weight_hr"), reverse, save
+            x, batch_sizes, h, c, *weights, reverse, keep, keep or want_cells
         )
         return y, h, c, cells
 
