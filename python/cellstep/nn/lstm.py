@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+import cellstep
 from cellstep.formula import ACTIVATIONS, lstm_steps
 from cellstep.nn.cell import check_flag, check_size
 from cellstep.nn.dispatch import USE_OPS, autocasting, has_kernel, transforms_active, widens
@@ -739,11 +740,13 @@ class LSTM(nn.Module):
         want_cells: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One layer in one direction: x (P, I) -> y (P, R), h_n, c_n, cells (P, H)."""
-        weight_hh = nn.functional.dropout(p["weight_hh"], self.weight_drop, self.training)
+        weight_hh = p["weight_hh"]
+        if self.weight_drop > 0.0:
+            weight_hh = nn.functional.dropout(weight_hh, self.weight_drop, self.training)
         biases = p.get("bias_ih"), p.get("bias_hh")
         keep = torch.is_grad_enabled() and not self.memory_efficient
         weights = p["weight_ih"], weight_hh, *biases, p.get("weight_hr")
-        y, h, c, _, cells = torch.ops.cellstep.lstm_packed(
+        y, h, c, _, cells = cellstep.ops.lstm_packed(
             x, batch_sizes, h, c, *weights, reverse, keep, keep or want_cells
         )
         return y, h, c, cells
