@@ -1,8 +1,8 @@
 /// Backward through ragged_forward and layer_forward: the sweep back in time, which gives the gradients of all gate
-/// sums. Those of inputs and weights are matrix products of them over all steps at once, which are the caller's:
-///   grad_x = grad_gates weight_ih,  grad_weight_ih = grad_gates^T x,  grad_weight_hh = grad_gates^T h of the step
-///   before,
-/// and behind a projection grad_weight_hr = grad_outputs^T hidden.
+/// sums, a chunk of steps at a time. Those of inputs and weights are matrix products of a chunk's, which are the
+/// caller's, while the chunk is still in cache:
+///   grad_x = grad_gates weight_ih,  grad_weight_ih += grad_gates^T x,  grad_weight_hh += grad_gates^T h_prev,
+/// and behind a projection grad_weight_hr += grad_outputs^T hidden.
 #pragma once
 
 #include <cstddef>
@@ -28,21 +28,29 @@ struct LayerBackward {
     const T* grad_cells;         ///< null, or (tokens, hidden_size): for the c of every step
     T* grad_h;                   ///< (batch, recurrent_size): in for the last h, out for the first
     T* grad_c;                   ///< (batch, hidden_size): in for the last c, out for the first
-    T* grad_gates;               ///< (tokens, 4 hidden_size), out: for the sums before the activations
     T* grad_bias;                ///< (4 hidden_size), out: for either bias
-    T* grad_outputs;             ///< (tokens, recurrent_size), out behind a projection: for the h of every step
-    T* hidden;                   ///< (tokens, hidden_size), out behind a projection: o tanh(c)
+    const T* h;                  ///< (batch, recurrent_size) before the first step
+    const T* y;                  ///< (tokens, recurrent_size), the h of every step
+    T* grad_gates;               ///< (chunk, 4 hidden_size), out: for the sums before the activations
+    T* h_prev;                   ///< null, or (chunk, recurrent_size), out: the h that a step began with
+    T* grad_outputs;             ///< (chunk, recurrent_size), out behind a projection: for the h of every step
+    T* hidden;                   ///< (chunk, hidden_size), out behind a projection: o tanh(c)
     const Parallel* parallel;
 };
+
+/// Most tokens of a chunk.
+std::size_t backward_chunk(const PackedSteps& steps, std::size_t hidden_size);
 
 /// Values of scratch memory that layer_backward needs; does not grow with the steps.
 template <class T>
 std::size_t backward_scratch(const LayerBackward<T>& layer);
 
-/// The sweep, the rows shared between the threads. The order of summation, and with it the last bits of grad_bias,
-/// hang on the number of threads.
+/// The sweep, the rows shared between the threads. After each chunk it calls done(context, token, tokens) for the
+/// tokens from `token` on. The order of summation, and with it the last bits of grad_bias, hang on the number of
+/// threads.
 template <class T>
-void layer_backward(const LayerBackward<T>& layer, T* scratch);
+void layer_backward(const LayerBackward<T>& layer, T* scratch,
+                    void (*done)(void* context, std::size_t token, std::size_t tokens), void* context);
 
 }  // namespace core
 }  // namespace cellstep

@@ -10,8 +10,7 @@ namespace core {
 
 std::size_t row_shares(const PackedSteps& steps, const Parallel* parallel, std::size_t work,
                        std::size_t (&begin)[max_row_shares + 1]) {
-    std::size_t tokens = 0;
-    for (std::size_t step = 0; step < steps.steps; ++step) tokens += steps.rows_of(step);
+    const std::size_t tokens = all_steps(steps).tokens;
     // A tile of the matrix product has six rows; with fewer a share reads more weights than it computes with.
     constexpr std::size_t fewest_rows = 6;
     constexpr std::size_t worth_waking = 1u << 20;
@@ -69,7 +68,7 @@ void run_rows(const RaggedForward<T>& layer, std::size_t first, std::size_t last
     s.h_stride = static_cast<std::ptrdiff_t>(recurrent);
     s.h_next_stride = static_cast<std::ptrdiff_t>(units);
     s.scratch = scratch;
-    for_each_step(layer.steps, false, first, last, [&](const StepRows& at) {
+    for_each_step(layer.steps, all_steps(layer.steps), false, first, last, [&](const StepRows& at) {
         T* y = layer.y + at.token * recurrent;
         s.rows = at.rows;
         s.x = layer.x + at.token * layer.input_size;

@@ -33,17 +33,30 @@ struct StepRows {
     std::size_t prev_rows;   ///< rows of the range that have both steps; the others begin here
 };
 
+/// Steps from `begin` to `end`, with the place of their first row among all tokens.
+struct StepRange {
+    std::size_t begin;
+    std::size_t end;
+    std::size_t token;
+    std::size_t tokens;  ///< rows of these steps together
+};
+
+inline StepRange all_steps(const PackedSteps& steps) {
+    StepRange range{0, steps.steps, 0, 0};
+    for (std::size_t step = 0; step < steps.steps; ++step) range.tokens += steps.rows_of(step);
+    return range;
+}
+
 /// Calls visit(StepRows) for the rows from `first` to `last`, step by step as the layer runs, or the other way round
 /// if `back`; steps without rows are left out.
 template <class Visit>
-void for_each_step(const PackedSteps& steps, bool back, std::size_t first, std::size_t last, Visit visit) {
+void for_each_step(const PackedSteps& steps, const StepRange& range, bool back, std::size_t first, std::size_t last,
+                   Visit visit) {
     const bool upwards = steps.reverse == back;
-    std::size_t begin = 0;  // place of the step's first row
-    if (!upwards)
-        for (std::size_t step = 0; step < steps.steps; ++step) begin += steps.rows_of(step);
+    std::size_t begin = upwards ? range.token : range.token + range.tokens;  // place of the step's first row
     const auto within = [&](std::size_t rows) { return rows < first ? 0 : (rows < last ? rows : last) - first; };
-    for (std::size_t count = 0; count < steps.steps; ++count) {
-        const std::size_t step = upwards ? count : steps.steps - 1 - count;
+    for (std::size_t count = 0; count < range.end - range.begin; ++count) {
+        const std::size_t step = upwards ? range.begin + count : range.end - 1 - count;
         const std::size_t all = steps.rows_of(step);
         if (!upwards) begin -= all;
         StepRows part{step, begin + first, within(all), 0, 0};

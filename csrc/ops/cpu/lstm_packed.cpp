@@ -86,65 +86,67 @@ void forward(const core::PackedSteps& steps, const Tensor& x, const Tensor& h, c
     core::ragged_forward<T>(layer, memory.get() + packed + projection);
 }
 
-template <class T>
-void sweep_back(const core::PackedSteps& steps, const Tensor& c, const Tensor& weight_hh, const Maybe& weight_hr,
-                const Tensor& gates, const Tensor& cells, const Maybe& grad_y, const Maybe& grad_cells,
-                const Tensor& grad_h, const Tensor& grad_c, const Tensor& grad_gates, const Tensor& grad_bias,
-                const Maybe& grad_outputs, const Maybe& hidden) {
-    const Threads threads;
-    const core::LayerBackward<T> layer{steps,
-                                       size(c, 1),
-                                       size(grad_h, 1),
-                                       matrix<T>(weight_hh),
-                                       weight_hr ? matrix<T>(*weight_hr) : core::MatrixView<T>{nullptr, 0, 0},
-                                       data<T>(c),
-                                       data<T>(gates),
-                                       data<T>(cells),
-                                       data_or_null<T>(grad_y),
-                                       data_or_null<T>(grad_cells),
-                                       mutable_data<T>(grad_h),
-                                       mutable_data<T>(grad_c),
-                                       mutable_data<T>(grad_gates),
-                                       mutable_data<T>(grad_bias),
-                                       grad_outputs ? mutable_data<T>(*grad_outputs) : nullptr,
-                                       hidden ? mutable_data<T>(*hidden) : nullptr,
-                                       threads.get()};
-    const auto memory = scratch<T>(core::backward_scratch<T>(layer));
-    core::layer_backward<T>(layer, memory.get());
-}
+/// What a backward pass reads and writes.
+struct Backward {
+    core::PackedSteps steps;
+    Tensor x, h, c, weight_ih, weight_hh;
+    Maybe weight_hr;
+    Tensor y, gates, cells;
+    Maybe grad_y, grad_cells;
+    Tensor grad_h, grad_c, grad_bias;
+    Maybe grad_x, grad_weight_ih, grad_weight_hh, grad_weight_hr;
+    // Of a chunk of steps.
+    Tensor grad_gates;
+    Maybe h_prev, grad_outputs, hidden;
+    bool begun = false;
 
-/// For every token the h that its step began with.
-template <class T>
-void gather_before(const core::PackedSteps& steps, const Tensor& y, const Tensor& h, const Tensor& before) {
-    const std::size_t width = size(h, 1);
-    core::for_each_step(steps, false, 0, steps.batch, [&](const core::StepRows& at) {
-        T* target = mutable_data<T>(before) + at.token * width;
-        std::memcpy(target, data<T>(y) + at.prev_token * width, at.prev_rows * width * sizeof(T));
-        std::memcpy(target + at.prev_rows * width, data<T>(h) + at.prev_rows * width,
-                    (at.rows - at.prev_rows) * width * sizeof(T));
-    });
-}
-
-/// grad_gates^T h of the step before, over all steps.
-void weight_hh_gradient(const core::PackedSteps& steps, const Tensor& grad_gates, const Tensor& y, const Tensor& h,
-                        const Tensor& target) {
-    const std::int64_t tokens = y.size(0);
-    const std::int64_t batch = h.size(0);
-    const std::int64_t width = h.size(1);
-    const std::int64_t gates = grad_gates.size(1);
-    if (steps.rows || tokens == 0) {
-        const Tensor before = empty(y, {tokens, width});
-        (is_float(y) ? gather_before<float> : gather_before<double>)(steps, y, h, before);
-        return multiply(transposed(grad_gates), before, target);
+    /// The large products of a chunk; its weight gradients are added to those of the chunks before.
+    void chunk_done(std::int64_t token, std::int64_t tokens) {
+        const auto part = [&](const Tensor& values, std::int64_t first) {
+            return rows_of(values, first, tokens, values.size(1));
+        };
+        const Tensor gradients = part(grad_gates, 0);
+        if (grad_x) multiply(gradients, weight_ih, part(*grad_x, token));
+        if (grad_weight_ih) multiply(transposed(gradients), part(x, token), *grad_weight_ih, begun);
+        if (grad_weight_hh) multiply(transposed(gradients), part(*h_prev, 0), *grad_weight_hh, begun);
+        if (grad_weight_hr) multiply(transposed(part(*grad_outputs, 0)), part(*hidden, 0), *grad_weight_hr, begun);
+        begun = true;
     }
-    // All rows have all steps: y moved by one step, and the first state for the step without one before it.
-    const std::int64_t rest = tokens - batch;
-    const Tensor first = rows_of(grad_gates, steps.reverse ? rest : 0, batch, gates);
-    multiply(transposed(first), h, target);
-    if (rest == 0) return;
-    const Tensor others = rows_of(grad_gates, steps.reverse ? 0 : batch, rest, gates);
-    multiply(transposed(others), rows_of(y, steps.reverse ? batch : 0, rest, width), target, true);
-}
+
+    template <class T>
+    void run() {
+        const Threads threads;
+        const auto out = [](const Maybe& tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
+        const core::LayerBackward<T> layer{steps,
+                                           size(c, 1),
+                                           size(h, 1),
+                                           matrix<T>(weight_hh),
+                                           weight_hr ? matrix<T>(*weight_hr) : core::MatrixView<T>{nullptr, 0, 0},
+                                           data<T>(c),
+                                           data<T>(gates),
+                                           data<T>(cells),
+                                           data_or_null<T>(grad_y),
+                                           data_or_null<T>(grad_cells),
+                                           mutable_data<T>(grad_h),
+                                           mutable_data<T>(grad_c),
+                                           mutable_data<T>(grad_bias),
+                                           data<T>(h),
+                                           data<T>(y),
+                                           mutable_data<T>(grad_gates),
+                                           out(h_prev),
+                                           out(grad_outputs),
+                                           out(hidden),
+                                           threads.get()};
+        const auto memory = scratch<T>(core::backward_scratch<T>(layer));
+        core::layer_backward<T>(
+            layer, memory.get(),
+            [](void* self, std::size_t token, std::size_t tokens) {
+                static_cast<Backward*>(self)->chunk_done(static_cast<std::int64_t>(token),
+                                                         static_cast<std::int64_t>(tokens));
+            },
+            this);
+    }
+};
 
 void check_layer(const char* op, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih,
                  const Tensor& weight_hh, const Maybe& weight_hr) {
@@ -227,27 +229,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_packed_b
     check("grad_cells", grad_cells, {tokens, units});
     for (Tensor* tensor : {&x, &h, &c, &y, &gates, &cells}) *tensor = as_contiguous(*tensor);
 
-    const Tensor grad_h0 = grad_h ? copy_of(*grad_h) : zeros(x, {batch, recurrent});
-    const Tensor grad_c0 = grad_c ? copy_of(*grad_c) : zeros(x, {batch, units});
-    const Tensor grad_gates = empty(x, {tokens, gate_rows});
-    const Tensor grad_bias = empty(x, {gate_rows});
-    const Maybe grad_outputs = weight_hr ? Maybe(empty(x, {tokens, recurrent})) : std::nullopt;
-    const Maybe hidden = weight_hr ? Maybe(empty(x, {tokens, units})) : std::nullopt;
-    const auto sweep = is_float(x) ? sweep_back<float> : sweep_back<double>;
-    sweep(steps, c, weight_hh, weight_hr, gates, cells, grad_y, grad_cells, grad_h0, grad_c0, grad_gates, grad_bias,
-          grad_outputs, hidden);
-
-    const Tensor grad_x = to_x ? empty(x, {tokens, inputs}) : empty(x, {0});
-    const Tensor grad_weight_ih = to_weights ? empty(x, {gate_rows, inputs}) : empty(x, {0});
-    const Tensor grad_weight_hh = to_weights ? empty(x, {gate_rows, recurrent}) : empty(x, {0});
-    const Tensor grad_weight_hr = to_weights && weight_hr ? empty(x, {recurrent, units}) : empty(x, {0});
-    if (to_x) multiply(grad_gates, weight_ih, grad_x);
-    if (to_weights) {
-        multiply(transposed(grad_gates), x, grad_weight_ih);
-        weight_hh_gradient(steps, grad_gates, y, h, grad_weight_hh);
-        if (weight_hr) multiply(transposed(*grad_outputs), *hidden, grad_weight_hr);
-    }
-    return {grad_x, grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias, grad_weight_hr};
+    const std::int64_t chunk =
+        std::min(tokens, static_cast<std::int64_t>(core::backward_chunk(steps, static_cast<std::size_t>(units))));
+    const auto wanted = [&](bool there, std::initializer_list<std::int64_t> sizes) {
+        return there ? Maybe(empty(x, sizes)) : std::nullopt;
+    };
+    const bool projected = weight_hr.has_value();
+    Backward pass{steps,
+                  x,
+                  h,
+                  c,
+                  weight_ih,
+                  weight_hh,
+                  weight_hr,
+                  y,
+                  gates,
+                  cells,
+                  grad_y,
+                  grad_cells,
+                  grad_h ? copy_of(*grad_h) : zeros(x, {batch, recurrent}),
+                  grad_c ? copy_of(*grad_c) : zeros(x, {batch, units}),
+                  empty(x, {gate_rows}),
+                  wanted(to_x, {tokens, inputs}),
+                  wanted(to_weights, {gate_rows, inputs}),
+                  wanted(to_weights, {gate_rows, recurrent}),
+                  wanted(to_weights && projected, {recurrent, units}),
+                  empty(x, {chunk, gate_rows}),
+                  wanted(to_weights, {chunk, recurrent}),
+                  wanted(projected, {chunk, recurrent}),
+                  wanted(projected, {chunk, units})};
+    is_float(x) ? pass.run<float>() : pass.run<double>();
+    const auto answer = [&](const Maybe& gradient) {
+        if (!gradient) return empty(x, {0});
+        if (tokens == 0) std::memset(gradient->mutable_data_ptr(), 0, gradient->numel() * gradient->element_size());
+        return *gradient;
+    };
+    return {answer(pass.grad_x),
+            pass.grad_h,
+            pass.grad_c,
+            answer(pass.grad_weight_ih),
+            answer(pass.grad_weight_hh),
+            pass.grad_bias,
+            answer(pass.grad_weight_hr)};
 }
 
 }  // namespace ops
