@@ -110,9 +110,9 @@ struct LstmLayer : Function<LstmLayer> {
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
         static const auto differentiate =
-            op<Six(const Tensor&, const Tensor&, const Tensor&, const Optional&, const Tensor&, const Tensor&,
-                   const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
-                "cellstep::lstm_layer_backward");
+            op<Six(const Optional&, const Optional&, const Optional&, const Optional&, const Tensor&, const Tensor&,
+                   const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool,
+                   bool)>("cellstep::lstm_layer_backward");
         const variable_list saved = ctx->get_saved_variables();
         const Tensor &x = saved[0], &h = saved[1], &c = saved[2], &weight_ih = saved[3], &weight_hh = saved[4];
         const Tensor &bias_ih = saved[5], &bias_hh = saved[6], &y = saved[7];
@@ -126,9 +126,14 @@ struct LstmLayer : Function<LstmLayer> {
         if (!save)
             std::tie(std::ignore, std::ignore, std::ignore, gates, cells) = lstm_layer_values(
                 x, h, c, weight_ih, weight_hh, as_optional(bias_ih), as_optional(bias_hh), /*save=*/true);
-        return gradients(differentiate.call(or_zeros(grads[0], y), or_zeros(grads[1], h), or_zeros(grads[2], c),
-                                            as_optional(grad_cells), x, h, c, weight_ih, weight_hh, y, gates, cells),
-                         bias_ih, bias_hh);
+        variable_list found = gradients(
+            differentiate.call(as_optional(grads[0]), as_optional(grads[1]), as_optional(grads[2]),
+                               as_optional(grad_cells), x, h, c, weight_ih, weight_hh, y, gates, cells,
+                               ctx->needs_input_grad(0), ctx->needs_input_grad(3) || ctx->needs_input_grad(4)),
+            bias_ih, bias_hh);
+        for (std::size_t at : {0, 3, 4})
+            if (!ctx->needs_input_grad(at)) found[at] = Tensor();
+        return found;
     }
 };
 
@@ -292,8 +297,11 @@ constexpr char run_model_error[] =
     "cellstep::run_model: expected no backward pass through an exported model; got one; train the module that was "
     "exported";
 constexpr char backward_operator_error[] =
-    "cellstep::autograd: expected no backward pass through a call of lstm_layer_backward or lstm_cell_backward; got "
-    "one; call lstm_layer or lstm_cell and let autograd differentiate it twice";
+    "cellstep::autograd: expected no backward pass through a call of lstm_layer_backward, lstm_cell_backward or "
+    "lstm_packed_backward; got one; call lstm_layer or lstm_cell and let autograd differentiate it twice";
+constexpr char packed_error[] =
+    "cellstep::autograd: expected no backward pass through lstm_packed, which has gradients in Python alone; got one; "
+    "call lstm_layer or lstm_variant on a padded batch";
 
 std::optional<torch::Library> library;
 
@@ -323,7 +331,8 @@ std::string register_gradients() noexcept {
         library->impl("lstm_variant", torch::CppFunction::makeFromBoxedFunction<boxed<LstmVariant>>());
         library->impl("run_model",
                       torch::CppFunction::makeFromBoxedFunction<boxed<WithoutGradient<run_model_error>>>());
-        for (const char* name : {"lstm_layer_backward", "lstm_cell_backward"})
+        library->impl("lstm_packed", torch::CppFunction::makeFromBoxedFunction<boxed<WithoutGradient<packed_error>>>());
+        for (const char* name : {"lstm_layer_backward", "lstm_cell_backward", "lstm_packed_backward"})
             library->impl(name,
                           torch::CppFunction::makeFromBoxedFunction<boxed<WithoutGradient<backward_operator_error>>>());
         return {};

@@ -55,14 +55,19 @@ struct Step {
 /// One step back through gates and state, element by element.
 template <class T>
 struct StepBackward {
-    std::size_t batch;
+    std::size_t rows;
     std::size_t hidden_size;
-    const T* gates;      ///< (batch, 4 hidden_size), as saved
-    const T* cell;       ///< (batch, hidden_size), c after the step
-    const T* cell_prev;  ///< (batch, hidden_size), c before the step
-    const T* grad_h;     ///< (batch, hidden_size)
-    T* grad_c;           ///< (batch, hidden_size): in for c after the step, out for c before it
-    T* grad_gates;       ///< (batch, 4 hidden_size): out, for the sums before the activations
+    const T* gates;      ///< (rows, 4 hidden_size), as saved
+    const T* cell;       ///< (rows, hidden_size), c after the step
+    const T* cell_prev;  ///< (rows, hidden_size), c before the step
+    const T* grad_h;  ///< (rows, hidden_size), row stride grad_h_stride: for the h of the step, by way of the next one
+    std::ptrdiff_t grad_h_stride;
+    const T* grad_y;     ///< null, or (rows, hidden_size): for the h of the step, as an output
+    const T* grad_cell;  ///< null, or (rows, hidden_size): for the c of the step, as an output
+    T* grad_c;           ///< (rows, hidden_size): in for c after the step, out for c before it
+    T* grad_gates;       ///< (rows, 4 hidden_size): out, for the sums before the activations
+    T* grad_bias;        ///< (4 hidden_size): the sums of grad_gates over the rows are added to it
+    T* hidden;           ///< null, or (rows, hidden_size): out, o tanh(c)
 };
 
 /// The numbers are those of deploy files and operators; softmax is for rows of outputs alone.

@@ -247,54 +247,6 @@ void variant_forward(const VariantForward<T>& layer, T* scratch) {
 }
 
 template <class T>
-void layer_backward(const LayerBackward<T>& layer) {
-    const Kernels<T>& kernel = kernels<T>();
-    const std::size_t units = layer.hidden_size;
-    const std::size_t inputs = layer.input_size;
-    const std::size_t state = layer.batch * units;
-    const std::size_t gates = gate_count * units;
-    const std::ptrdiff_t gate_stride = static_cast<std::ptrdiff_t>(gates);
-    const std::ptrdiff_t unit_stride = static_cast<std::ptrdiff_t>(units);
-    const std::ptrdiff_t input_stride = static_cast<std::ptrdiff_t>(inputs);
-
-    for (std::size_t step = layer.steps; step-- > 0;) {
-        const T* grad_y = layer.grad_y + step * state;
-        for (std::size_t at = 0; at < state; ++at) layer.grad_h[at] += grad_y[at];
-        if (layer.grad_cells) {
-            const T* grad_cells = layer.grad_cells + step * state;
-            for (std::size_t at = 0; at < state; ++at) layer.grad_c[at] += grad_cells[at];
-        }
-        T* grad_gates = layer.grad_gates + step * layer.batch * gates;
-        kernel.step_backward({layer.batch, units, layer.gates + step * layer.batch * gates, layer.cells + step * state,
-                              step ? layer.cells + (step - 1) * state : layer.c0, layer.grad_h, layer.grad_c,
-                              grad_gates});
-        zero(layer.grad_h, state);
-        kernel.product({layer.batch, units, gates, grad_gates, gate_stride, 1, layer.weight_hh.data,
-                        layer.weight_hh.row_stride, layer.grad_h, unit_stride});
-    }
-
-    const std::size_t rows = layer.steps * layer.batch;
-    zero(layer.grad_x, rows * inputs);
-    kernel.product({rows, inputs, gates, layer.grad_gates, gate_stride, 1, layer.weight_ih.data,
-                    layer.weight_ih.row_stride, layer.grad_x, input_stride});
-    zero(layer.grad_weight_ih, gates * inputs);
-    kernel.product({gates, inputs, rows, layer.grad_gates, 1, gate_stride, layer.x, input_stride, layer.grad_weight_ih,
-                    input_stride});
-    zero(layer.grad_weight_hh, gates * units);
-    kernel.product({gates, units, layer.batch, layer.grad_gates, 1, gate_stride, layer.h0, unit_stride,
-                    layer.grad_weight_hh, unit_stride});
-    if (layer.steps > 1) {
-        kernel.product({gates, units, rows - layer.batch, layer.grad_gates + layer.batch * gates, 1, gate_stride,
-                        layer.y, unit_stride, layer.grad_weight_hh, unit_stride});
-    }
-    zero(layer.grad_bias, gates);
-    for (std::size_t row = 0; row < rows; ++row) {
-        const T* source = layer.grad_gates + row * gates;
-        for (std::size_t gate = 0; gate < gates; ++gate) layer.grad_bias[gate] += source[gate];
-    }
-}
-
-template <class T>
 void dense_forward(std::size_t rows, std::size_t in_size, std::size_t out_size, const T* packed, const T* x,
                    std::ptrdiff_t x_stride, T* y, std::ptrdiff_t y_stride) {
     for (std::size_t row = 0; row < rows; ++row)
@@ -322,8 +274,6 @@ template void variant_forward<float>(const VariantForward<float>&, float*);
 template void variant_forward<double>(const VariantForward<double>&, double*);
 template void layer_forward<float>(const LayerForward<float>&, float*);
 template void layer_forward<double>(const LayerForward<double>&, double*);
-template void layer_backward<float>(const LayerBackward<float>&);
-template void layer_backward<double>(const LayerBackward<double>&);
 template void dense_forward<float>(std::size_t, std::size_t, std::size_t, const float*, const float*, std::ptrdiff_t,
                                    float*, std::ptrdiff_t);
 template void dense_forward<double>(std::size_t, std::size_t, std::size_t, const double*, const double*, std::ptrdiff_t,

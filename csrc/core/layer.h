@@ -1,4 +1,4 @@
-/// One LSTM layer over a whole sequence, forward and backward, on raw pointers.
+/// One LSTM layer over a whole sequence on raw pointers.
 ///
 /// For each step, with gate order i, f, g, o (Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al.
 /// 2000, as in torch.nn.LSTM):
@@ -87,35 +87,6 @@ std::size_t variant_scratch(std::size_t steps, std::size_t batch, std::size_t in
 /// Runs a layer with options; what holds for the bits of layer_forward holds here.
 template <class T>
 void variant_forward(const VariantForward<T>& layer, T* scratch);
-
-template <class T>
-struct LayerBackward {
-    std::size_t steps;
-    std::size_t batch;
-    std::size_t input_size;
-    std::size_t hidden_size;
-    MatrixView<T> weight_ih;  ///< (4 hidden_size, input_size), columns contiguous
-    MatrixView<T> weight_hh;  ///< (4 hidden_size, hidden_size), columns contiguous
-    const T* x;               ///< (steps, batch, input_size), contiguous like all that follow
-    const T* h0;              ///< (batch, hidden_size)
-    const T* c0;              ///< (batch, hidden_size)
-    const T* y;               ///< (steps, batch, hidden_size)
-    const T* gates;           ///< (steps, batch, 4 hidden_size), as saved by layer_forward
-    const T* cells;           ///< (steps, batch, hidden_size), as saved by layer_forward
-    const T* grad_y;          ///< (steps, batch, hidden_size)
-    const T* grad_cells;      ///< null, or (steps, batch, hidden_size): for the c of every step
-    T* grad_h;                ///< (batch, hidden_size): in for the last h, out for h0
-    T* grad_c;                ///< (batch, hidden_size): in for the last c, out for c0
-    T* grad_x;                ///< (steps, batch, input_size), out
-    T* grad_weight_ih;        ///< (4 hidden_size, input_size), out
-    T* grad_weight_hh;        ///< (4 hidden_size, hidden_size), out
-    T* grad_bias;             ///< (4 hidden_size), out: the gradient of either bias
-    T* grad_gates;            ///< (steps, batch, 4 hidden_size), scratch
-};
-
-/// Backward through layer_forward: one sweep back in time, then the large products over all steps at once.
-template <class T>
-void layer_backward(const LayerBackward<T>& layer);
 
 /// y = x W^T + b for `rows` rows, each sum in order of the inputs. `packed` is a (1 + in_size, out_size) matrix: the
 /// bias, then the transposed weight.

@@ -12,10 +12,18 @@ STABLE_TORCH_LIBRARY(cellstep, library) {
         "lstm_layer(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
         "Tensor? bias_hh, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     library.def(
-        "lstm_layer_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor? grad_cells, Tensor x, Tensor h, "
-        "Tensor c, "
-        "Tensor weight_ih, Tensor weight_hh, Tensor y, Tensor gates, Tensor cells) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "lstm_layer_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor? grad_cells, Tensor x, Tensor h, "
+        "Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor y, Tensor gates, Tensor cells, bool to_x, "
+        "bool to_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    library.def(
+        "lstm_packed(Tensor x, Tensor? batch_sizes, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, "
+        "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, bool reverse, bool save_gates, "
+        "bool save_cells) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    library.def(
+        "lstm_packed_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor? grad_cells, Tensor x, "
+        "Tensor? batch_sizes, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? weight_hr, Tensor y, "
+        "Tensor gates, Tensor cells, bool reverse, bool to_x, bool to_weights) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     library.def(
         "lstm_variant(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
         "Tensor? bias_hh, Tensor? weight_hr, Tensor? weight_peephole, Tensor? norm_ih, Tensor? norm_hh, "
@@ -37,6 +45,8 @@ STABLE_TORCH_LIBRARY_IMPL(cellstep, CPU, library) {
     library.impl("lstm_cell_backward", TORCH_BOX(&cellstep::ops::lstm_cell_backward));
     library.impl("lstm_layer", TORCH_BOX(&cellstep::ops::lstm_layer));
     library.impl("lstm_layer_backward", TORCH_BOX(&cellstep::ops::lstm_layer_backward));
+    library.impl("lstm_packed", TORCH_BOX(&cellstep::ops::lstm_packed));
+    library.impl("lstm_packed_backward", TORCH_BOX(&cellstep::ops::lstm_packed_backward));
     library.impl("lstm_variant", TORCH_BOX(&cellstep::ops::lstm_variant));
     library.impl("activate", TORCH_BOX(&cellstep::ops::activate));
     library.impl("dense", TORCH_BOX(&cellstep::ops::dense));

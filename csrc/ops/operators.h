@@ -26,11 +26,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer(Tensor x, Tensor h
                                                               Tensor weight_hh, std::optional<Tensor> bias_ih,
                                                               std::optional<Tensor> bias_hh, bool save);
 
-/// grad_cells: for the c of every step, if anything came for it. -> gradients of x, h, c, weight_ih, weight_hh and of
-/// either bias (4 H).
+/// Gradients of y, h, c and of the c of every step, where any came -> gradients of x, h, c, weight_ih, weight_hh and of
+/// either bias (4 H). That of x is empty unless `to_x`, those of the weights unless `to_weights`.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(
-    Tensor grad_y, Tensor grad_h, Tensor grad_c, std::optional<Tensor> grad_cells, Tensor x, Tensor h, Tensor c,
-    Tensor weight_ih, Tensor weight_hh, Tensor y, Tensor gates, Tensor cells);
+    std::optional<Tensor> grad_y, std::optional<Tensor> grad_h, std::optional<Tensor> grad_c,
+    std::optional<Tensor> grad_cells, Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor y,
+    Tensor gates, Tensor cells, bool to_x, bool to_weights);
+
+/// A plain layer, perhaps with a projection to R values, over packed sequences: x (P, I) holds the rows of the first
+/// step, then those of the second and so on; batch_sizes (T) int64 tells how many rows each step has, not rising;
+/// without it every step has all N. h (N, R) and c (N, H) -> y (P, R), h (N, R) and c (N, H) behind each row's last
+/// step, gates (P, 4 H) unless not `save_gates`, and cells (P, H) unless not `save_cells`, else empty. `reverse`: from
+/// the last step to the first.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_packed(Tensor x, std::optional<Tensor> batch_sizes, Tensor h,
+                                                               Tensor c, Tensor weight_ih, Tensor weight_hh,
+                                                               std::optional<Tensor> bias_ih,
+                                                               std::optional<Tensor> bias_hh,
+                                                               std::optional<Tensor> weight_hr, bool reverse,
+                                                               bool save_gates, bool save_cells);
+
+/// As lstm_layer_backward; the last gradient is that of weight_hr, empty without one.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_packed_backward(
+    std::optional<Tensor> grad_y, std::optional<Tensor> grad_h, std::optional<Tensor> grad_c,
+    std::optional<Tensor> grad_cells, Tensor x, std::optional<Tensor> batch_sizes, Tensor h, Tensor c, Tensor weight_ih,
+    Tensor weight_hh, std::optional<Tensor> weight_hr, Tensor y, Tensor gates, Tensor cells, bool reverse, bool to_x,
+    bool to_weights);
 
 /// A layer with options, forward alone: x (T, N, I), h (N, R), c (N, H) -> y (T, N, R), h, c, and c of every step
 /// (T, N, H), empty unless `save_cells`. python/cellstep/formula.py has the formula and the shapes of the others.

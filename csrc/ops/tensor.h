@@ -2,13 +2,16 @@
 /// outside the registration goes through this header.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -111,6 +114,12 @@ inline Tensor empty(const Tensor& x, std::initializer_list<std::int64_t> sizes) 
     return Tensor(handle);
 }
 
+inline Tensor zeros(const Tensor& x, std::initializer_list<std::int64_t> sizes) {
+    const Tensor tensor = empty(x, sizes);
+    std::memset(tensor.mutable_data_ptr(), 0, static_cast<std::size_t>(tensor.numel()) * tensor.element_size());
+    return tensor;
+}
+
 /// The tensor itself, or a contiguous copy.
 inline Tensor as_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
@@ -135,12 +144,55 @@ core::MatrixView<T> matrix(const Tensor& tensor) {
             static_cast<std::ptrdiff_t>(tensor.stride(1))};
 }
 
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+    return tensor ? data<T>(*tensor) : nullptr;
+}
+
+/// A view of a tensor's memory, from `offset` values behind its own first on.
+inline Tensor view_of(const Tensor& tensor, std::initializer_list<std::int64_t> sizes,
+                      std::initializer_list<std::int64_t> strides, std::int64_t offset = 0) {
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<std::int64_t>(sizes.size()),
+                                                                 sizes.begin(), strides.begin(), offset, &handle));
+    return Tensor(handle);
+}
+
+/// A contiguous tensor's values from row `first` on as (rows, columns), without a copy.
+inline Tensor rows_of(const Tensor& tensor, std::int64_t first, std::int64_t rows, std::int64_t columns) {
+    return view_of(tensor, {rows, columns}, {columns, 1}, first * columns);
+}
+
+/// (T, N, K) as (T N, K), copied only where it is not contiguous.
+inline Tensor as_rows(const Tensor& tensor) {
+    return rows_of(as_contiguous(tensor), 0, tensor.size(0) * tensor.size(1), tensor.size(2));
+}
+
+/// The transpose of a contiguous matrix, without a copy.
+inline Tensor transposed(const Tensor& tensor) {
+    return view_of(tensor, {tensor.size(1), tensor.size(0)}, {1, tensor.size(1)});
+}
+
+/// target = a b on torch's matrix product, with its threads; target += a b if `add`.
+inline void multiply(const Tensor& a, const Tensor& b, const Tensor& target, bool add = false) {
+    if (add) {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(target.get(), target.get(), a.get(), b.get(), 1.0, 1.0));
+    } else {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(target.get(), a.get(), b.get()));
+    }
+}
+
 inline std::size_t size(const Tensor& tensor, std::int64_t dim) { return static_cast<std::size_t>(tensor.size(dim)); }
 
-/// Scratch memory of a call, uninitialised.
+struct FreeAligned {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+};
+
+/// Scratch memory of a call, uninitialised, at a cache line's begin: vectors that lie across two lines take twice as
+/// long.
 template <class T>
-std::unique_ptr<T[]> scratch(std::size_t count) {
-    return std::unique_ptr<T[]>(new T[count]);
+std::unique_ptr<T[], FreeAligned> scratch(std::size_t count) {
+    return std::unique_ptr<T[], FreeAligned>(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
 }
 
 }  // namespace ops

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/parallel.h"
+#include "core/ragged.h"
 
 namespace cellstep {
 namespace ops {
@@ -29,6 +30,16 @@ private:
 
     core::Parallel parallel_;
 };
+
+/// Whether torch's threads share the rows of a padded batch.
+inline bool rows_are_shared(std::int64_t steps, std::int64_t batch, std::int64_t input_size, std::int64_t hidden_size) {
+    const Threads threads;
+    const auto units = static_cast<std::size_t>(hidden_size);
+    std::size_t begin[core::max_row_shares + 1];
+    return core::row_shares({static_cast<std::size_t>(steps), static_cast<std::size_t>(batch), nullptr, false},
+                            threads.get(), core::token_work(static_cast<std::size_t>(input_size), units, units),
+                            begin) > 1;
+}
 
 }  // namespace ops
 }  // namespace cellstep

@@ -147,6 +147,49 @@ def lstm_steps(
     return torch.stack(outputs), h, c, torch.stack(cells)
 
 
+def lstm_packed_steps(
+    x: Tensor,
+    batch_sizes: Optional[Tensor],
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Optional[Tensor],
+    bias_hh: Optional[Tensor],
+    weight_hr: Optional[Tensor],
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A plain layer over packed sequences, step by step.
+
+    Args:
+        x: (P, I), the rows of the first step, then those of the second and so on. batch_sizes: (T) rows of each step,
+            not rising; without it every step has all N.
+        h: (N, R). c: (N, H). The weights are those of :func:`lstm_steps`.
+        reverse: from the last step to the first.
+
+    Returns:
+        y (P, R), h (N, R) and c (N, H) behind each row's last step, and c of every step (P, H).
+    """
+    rows = h.size(0)
+    sizes = [rows] * (x.size(0) // max(rows, 1)) if batch_sizes is None else batch_sizes.tolist()
+    steps = list(x.split(sizes))
+    outputs, cells = [x.new_empty(0, h.size(1))], [x.new_empty(0, c.size(1))]
+    for step in reversed(steps) if reverse else steps:
+        n = step.size(0)
+        gates = functional.linear(step, weight_ih, bias_ih) + functional.linear(h[:n], weight_hh, bias_hh)
+        i, f, g, o = gates.chunk(4, 1)
+        new_c = torch.sigmoid(f) * c[:n] + torch.sigmoid(i) * torch.tanh(g)
+        new_h = torch.sigmoid(o) * torch.tanh(new_c)
+        if weight_hr is not None:
+            new_h = functional.linear(new_h, weight_hr)
+        h, c = torch.cat([new_h, h[n:]]), torch.cat([new_c, c[n:]])
+        outputs.append(new_h)
+        cells.append(new_c)
+    if reverse:
+        outputs, cells = outputs[::-1], cells[::-1]
+    return torch.cat(outputs), h, c, torch.cat(cells)
+
+
 def _slope(y: Tensor, activation: int) -> Tensor:
     """Derivative of an elementwise activation in terms of its value."""
     if activation == 3:

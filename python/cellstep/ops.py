@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cellstep.formula import PLAIN_ACTIVATIONS, activate_backward, lstm_steps, lstm_steps_backward
+from cellstep.formula import PLAIN_ACTIVATIONS, activate_backward, lstm_packed_steps, lstm_steps, lstm_steps_backward
 
 #: The shared library of operators, for ``torch.ops.load_library`` in a process without the rest of cellstep.
 library_path = str(
@@ -89,8 +89,11 @@ def _(
     )
 
 
-def _gradient_shapes(x: Tensor, h: Tensor, c: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> tuple[Tensor, ...]:
-    like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, h, c, weight_ih, weight_hh)]
+def _gradient_shapes(
+    x: Tensor, h: Tensor, c: Tensor, weight_ih: Tensor, weight_hh: Tensor, to_x: bool = True, to_weights: bool = True
+) -> tuple[Tensor, ...]:
+    wanted = [(x, to_x), (h, True), (c, True), (weight_ih, to_weights), (weight_hh, to_weights)]
+    like = [x.new_empty(tensor.shape if there else (0,)) for tensor, there in wanted]
     return (*like, x.new_empty(weight_ih.shape[0]))
 
 
@@ -111,9 +114,9 @@ def _(
 
 @_register_fake("lstm_layer_backward")
 def _(
-    grad_y: Tensor,
-    grad_h: Tensor,
-    grad_c: Tensor,
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
     grad_cells: Tensor | None,
     x: Tensor,
     h: Tensor,
@@ -123,8 +126,59 @@ def _(
     y: Tensor,
     gates: Tensor,
     cells: Tensor,
+    to_x: bool,
+    to_weights: bool,
 ) -> tuple[Tensor, ...]:
-    return _gradient_shapes(x, h, c, weight_ih, weight_hh)
+    return _gradient_shapes(x, h, c, weight_ih, weight_hh, to_x, to_weights)
+
+
+@_register_fake("lstm_packed")
+def _(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    reverse: bool,
+    save_gates: bool,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, units = x.shape[0], c.shape[1]
+    return (
+        x.new_empty(tokens, h.shape[1]),
+        x.new_empty(h.shape),
+        x.new_empty(c.shape),
+        x.new_empty((tokens, 4 * units) if save_gates else (0,)),
+        x.new_empty((tokens, units) if save_cells else (0,)),
+    )
+
+
+@_register_fake("lstm_packed_backward")
+def _(
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    grad_cells: Tensor | None,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    reverse: bool,
+    to_x: bool,
+    to_weights: bool,
+) -> tuple[Tensor, ...]:
+    to_weight_hr = x.new_empty((0,) if weight_hr is None or not to_weights else weight_hr.shape)
+    return (*_gradient_shapes(x, h, c, weight_ih, weight_hh, to_x, to_weights), to_weight_hr)
 
 
 @_register_fake("dense")
@@ -175,8 +229,8 @@ _DIFFERENTIABLE = [
 ]
 _NO_GRADIENT = _DIFFERENTIABLE.index("reset")
 _TENSORS = len(_DIFFERENTIABLE) + 4  # and four masks
-#: What a layer without options has: the tensors before ``weight_hr``, and these.
-_PLAIN_TENSORS = _DIFFERENTIABLE.index("weight_hr")
+#: What a layer without options has: the tensors up to ``weight_hr``, and these.
+_PLAIN_TENSORS = _DIFFERENTIABLE.index("weight_hr") + 1
 _PLAIN_OPTIONS = [False, 0.0, 0.0, 0.0, *PLAIN_ACTIVATIONS]
 
 # Its backward pass is an operator as well, so that torch.compile and torch.export see one call and not its steps.
@@ -256,30 +310,49 @@ def _layer_backward(
         return (*_differentiable_gradients(_plain_steps, (grad_y, grad_h, grad_c, grad_cells), tuple(inputs)), None)
     if not ctx.saved:
         _, _, _, gates, cells = torch.ops.cellstep.lstm_layer(*inputs, True)
-    return (*_layer_gradients(grad_y, grad_h, grad_c, grad_cells, inputs, y, gates, cells), None)
-
-
-def _layer_gradients(
-    grad_y: Tensor | None,
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
-    grad_cells: Tensor | None,
-    inputs: list[Tensor],
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-) -> _Grads:
+    to_x, to_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:5])
     *to_tensors, to_bias = torch.ops.cellstep.lstm_layer_backward(
-        _or_zeros(grad_y, y),
-        _or_zeros(grad_h, inputs[1]),
-        _or_zeros(grad_c, inputs[2]),
-        grad_cells,
-        *inputs[:5],
-        y,
-        gates,
-        cells,
+        grad_y, grad_h, grad_c, grad_cells, *inputs[:5], y, gates, cells, to_x, to_weights
     )
-    return (*to_tensors, *(None if bias is None else to_bias for bias in inputs[5:]))
+    return (*_wanted(ctx, [*to_tensors, to_bias, to_bias]), None)
+
+
+def _wanted(ctx: _Ctx, gradients: list[Tensor]) -> _Grads:
+    """Those of the first arguments that are asked for: others may be empty, or of an argument that is not there."""
+    return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False))
+
+
+def _setup_packed(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.reverse, ctx.saved_gates, ctx.saved_cells = inputs
+    y, _, _, gates, cells = output
+    ctx.save_for_backward(*tensors, y, gates, cells)
+    ctx.mark_non_differentiable(gates)
+    ctx.set_materialize_grads(False)
+
+
+def _packed_backward(
+    ctx: _Ctx, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, _: None, grad_cells: Tensor | None
+) -> _Grads:
+    *inputs, y, gates, cells = ctx.saved_tensors
+    grads = grad_y, grad_h, grad_c, grad_cells if ctx.saved_cells else None
+    x, batch_sizes, h, c, weight_ih, weight_hh, _bias_ih, _bias_hh, weight_hr = inputs
+    if torch.is_grad_enabled():
+
+        def steps(*aliases: Tensor | None) -> tuple[Tensor, ...]:
+            first, *others = aliases
+            return lstm_packed_steps(first, batch_sizes, *others, ctx.reverse)  # type: ignore[arg-type]
+
+        to_input, *others = _differentiable_gradients(steps, grads, (x, *inputs[2:]))
+        return (to_input, None, *others, None, None, None)
+    if not (ctx.saved_gates and ctx.saved_cells):
+        _, _, _, gates, cells = torch.ops.cellstep.lstm_packed(*inputs, ctx.reverse, True, True)
+    needed = ctx.needs_input_grad
+    to_x, to_h, to_c, to_ih, to_hh, to_bias, to_hr = torch.ops.cellstep.lstm_packed_backward(
+        *grads,
+        *(x, batch_sizes, h, c, weight_ih, weight_hh, weight_hr, y, gates, cells),
+        *(ctx.reverse, needed[0], any(needed[4:6]) or needed[8]),
+    )
+    return (*_wanted(ctx, [to_x, to_x, to_h, to_c, to_ih, to_hh, to_bias, to_bias, to_hr]), None, None, None)
 
 
 def _setup_cell(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -328,8 +401,16 @@ def _layer_of_options_backward(
     if not ctx.saved:
         _, _, _, cells = torch.ops.cellstep.lstm_variant(*inputs, *ctx.options, True)
     if ctx.options == _PLAIN_OPTIONS and all(tensor is None for tensor in inputs[_PLAIN_TENSORS:]):
-        _, _, _, gates, _ = torch.ops.cellstep.lstm_layer(*inputs[:_PLAIN_TENSORS], True)
-        plain = _layer_gradients(grad_y, grad_h, grad_c, grad_cells, inputs[:_PLAIN_TENSORS], y, gates, cells)
+        x, *rest, weight_hr = inputs[:_PLAIN_TENSORS]
+        x, rows = x.flatten(0, 1), (None if grad is None else grad.flatten(0, 1) for grad in (grad_y, grad_cells))
+        _, _, _, gates, cells = torch.ops.cellstep.lstm_packed(x, None, *rest, weight_hr, False, True, True)
+        grad_y, grad_cells = rows
+        to_x, to_h, to_c, to_ih, to_hh, to_bias, to_hr = torch.ops.cellstep.lstm_packed_backward(
+            *(grad_y, grad_h, grad_c, grad_cells, x, None, *rest[:4], weight_hr, y.flatten(0, 1), gates, cells),
+            *(False, True, True),
+        )
+        found = [to_x.view_as(inputs[0]), to_h, to_c, to_ih, to_hh, to_bias, to_bias, to_hr]
+        plain = [None if tensor is None else grad for tensor, grad in zip(inputs, found, strict=False)]
         return (*plain, *(None,) * (len(_DIFFERENTIABLE) - _PLAIN_TENSORS), *nothing)
     found = torch.ops.cellstep.lstm_variant_backward(
         _or_zeros(grad_y, y),
@@ -344,6 +425,26 @@ def _layer_of_options_backward(
     gradients = [None if tensor is None else grad for tensor, grad in zip(tensors, found, strict=True)]
     gradients[_NO_GRADIENT] = None
     return (*gradients, *nothing)
+
+
+class _Packed(torch.autograd.Function):
+    """``lstm_packed`` with the gradient that is registered for it below, at a third of the overhead: what torch.library
+    does for every call of an operator, it does in Python and argument by argument."""
+
+    @staticmethod
+    def forward(ctx: _Ctx, *arguments: Any) -> tuple[Tensor, ...]:
+        output = torch.ops.cellstep.lstm_packed.default(*arguments)
+        _setup_packed(ctx, arguments, output)
+        return output  # type: ignore[no-any-return]
+
+    backward = staticmethod(_packed_backward)
+
+
+def lstm_packed(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Call the operator in eager mode."""
+    if torch.is_grad_enabled():
+        return _Packed.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.ops.cellstep.lstm_packed.default(*arguments)  # type: ignore[no-any-return]
 
 
 def _setup_dense(ctx: _Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -371,6 +472,7 @@ def _activate_backward(ctx: _Ctx, grad: Tensor) -> _Grads:
 torch.library.register_autograd("cellstep::lstm_variant", _layer_of_options_backward, setup_context=_setup_variant)
 torch.library.register_autograd("cellstep::activate", _activate_backward, setup_context=_setup_activate)
 torch.library.register_autograd("cellstep::lstm_layer", _layer_backward, setup_context=_setup_layer)
+torch.library.register_autograd("cellstep::lstm_packed", _packed_backward, setup_context=_setup_packed)
 torch.library.register_autograd("cellstep::lstm_cell", _cell_backward, setup_context=_setup_cell)
 torch.library.register_autograd("cellstep::dense", _dense_backward, setup_context=_setup_dense)
 
@@ -390,7 +492,7 @@ def _register_vmap(name: str) -> None:
     torch.library.register_vmap(f"cellstep::{name}", rule)
 
 
-for _name in ("lstm_cell_backward", "lstm_layer_backward", "lstm_variant_backward"):
+for _name in ("lstm_cell_backward", "lstm_layer_backward", "lstm_packed_backward", "lstm_variant_backward"):
     _register_vmap(_name)
 
 
@@ -403,5 +505,6 @@ def _no_gradient(name: str, remedy: str) -> None:
 
 _no_gradient("run_model", "it runs an exported model; train the module that was exported")
 _no_gradient("lstm_layer_backward", "call lstm_layer and let autograd differentiate it twice")
+_no_gradient("lstm_packed_backward", "call lstm_packed and let autograd differentiate it twice")
 _no_gradient("lstm_cell_backward", "call lstm_cell and let autograd differentiate it twice")
 _no_gradient("lstm_variant_backward", "call lstm_variant and let autograd differentiate it twice")

@@ -347,7 +347,7 @@ def check_numerically(ops):
             torch.autograd.gradgradcheck(variant, tensors, fast_mode=True)
 
     y, h, c, *saved = ops.lstm_layer(*inputs, True)
-    layer_backward = ops.lstm_layer_backward(y, h, c, None, *inputs[:5], y, *saved)
+    layer_backward = ops.lstm_layer_backward(y, h, c, None, *inputs[:5], y, *saved, True, True)
     try:
         layer_backward[0].sum().backward()
     except RuntimeError as error:

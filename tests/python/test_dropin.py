@@ -128,8 +128,13 @@ def test_dtypes(kind, dtype):
     theirs, ours = pair(kind, dtype)
     x, state = input_of(ours, dtype=dtype), state_of(ours, 3, dtype)
     _, _, packed = packed_case(ours.batch_first, False, dtype)
-    # Half precision runs on the very operators that torch's module calls.
-    same = assert_bits if dtype != torch.float32 else lambda a, b: assert_same(a, b, rtol=1e-5, atol=2e-6)
+    # torch's module rounds every sum, gate and state of a step to half precision, and ours the answers alone: half a
+    # unit in the last place of each, of values up to 1, in a handful of steps and layers.
+    close = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps}
+
+    def same(a, b):
+        assert_same(a, b, **close)
+
     same(ours(x, state), theirs(x, state))
     a, b = ours(packed), theirs(packed)
     same((a[0].data, a[1]), (b[0].data, b[1]))

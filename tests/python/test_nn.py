@@ -183,10 +183,27 @@ def test_wrong_dtype_raises_as_torch_does():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_dtypes_run_on_torch(dtype):
-    ours, theirs = pair(LSTM, 3, 5, dtype=dtype)
+@pytest.mark.parametrize("arguments", [(3, 5), (3, 5, 2, True, False, 0.0, True, 2)], ids=["plain", "everything"])
+def test_half_precision_computes_in_float32(dtype, arguments):
+    half, wide = LSTM(*arguments, dtype=dtype), LSTM(*arguments)
+    wide.load_state_dict(half.state_dict())
     x = torch.randn(4, 2, 3, dtype=dtype)
-    assert torch.equal(ours(x)[0], theirs(x)[0])
+    answers = []
+    for module, given in ((half, x), (wide, x.float())):
+        y, (h, c) = module(given)
+        (y.sum() + h.sum() + c.sum()).backward()
+        answers.append([y, h, c, *(p.grad for p in module.parameters())])
+    for a, b in zip(*answers, strict=True):
+        assert torch.equal(a, b.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_of_the_cell(dtype):
+    half, wide = LSTMCell(3, 5, dtype=dtype), LSTMCell(3, 5)
+    wide.load_state_dict(half.state_dict())
+    x = torch.randn(2, 3, dtype=dtype)
+    for a, b in zip(half(x), wide(x.float()), strict=True):
+        assert torch.equal(a, b.to(dtype))
 
 
 def test_same_initial_weights_and_repr_as_torch():

@@ -80,7 +80,7 @@ def backward_arguments():
     ]
     y, h_n, c_n, gates, cells = ops.lstm_layer(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, True)
     grads = torch.randn_like(y), torch.randn_like(h), torch.randn_like(c), torch.randn_like(cells)
-    return *grads, x, h, c, weight_ih, weight_hh, y, gates, cells
+    return *grads, x, h, c, weight_ih, weight_hh, y, gates, cells, True, True
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,7 +92,7 @@ def test_opcheck(case):
 def test_opcheck_of_backward_and_inference(model):
     arguments = backward_arguments()
     torch.library.opcheck(ops.lstm_layer_backward.default, arguments)
-    _, grad_h, grad_c, _, x, h, c, weight_ih, weight_hh, _, gates, cells = arguments
+    _, grad_h, grad_c, _, x, h, c, weight_ih, weight_hh, _, gates, cells, _, _ = arguments
     torch.library.opcheck(
         ops.lstm_cell_backward.default, (grad_h, grad_c, x[0], h, c, weight_ih, weight_hh, cells[0], gates[0])
     )

@@ -27,12 +27,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_backward(Te
     check_input(op, "x", x, 2);
     check_input(op, "gates", gates, 2);
     check_input(op, "c_next", c_next, 2);
-    check_input(op, "grad_h", grad_h, 2);
     // The output of the one step is its last h: all of grad_h comes in there, and none by way of the sequence.
-    const Tensor none = torch::stable::new_zeros(grad_h, {1, grad_h.size(0), grad_h.size(1)});
     auto [grad_x, grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias] =
-        lstm_layer_backward(none, grad_h, grad_c, std::nullopt, as_step(x), h, c, weight_ih, weight_hh, as_step(c_next),
-                            as_step(gates), as_step(c_next));
+        lstm_layer_backward(std::nullopt, grad_h, grad_c, std::nullopt, as_step(x), h, c, weight_ih, weight_hh,
+                            as_step(c_next), as_step(gates), as_step(c_next), true, true);
     return {as_cell(grad_x), grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias};
 }
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ops/operators.h"
+#include "ops/threads.h"
 
 namespace cellstep {
 namespace ops {
@@ -18,7 +19,8 @@ void forward(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& we
     const std::size_t inputs = size(x, 2);
     const std::size_t units = size(h, 1);
     const std::size_t packed = core::packed_size(inputs, units, units);
-    const auto memory = scratch<T>(packed + core::layer_scratch(steps, batch, inputs, units));
+    const Threads threads;
+    const auto memory = scratch<T>(packed + core::layer_scratch(steps, batch, inputs, units, threads.get()));
     core::pack_layer<T>({inputs, units, units, false, matrix<T>(weight_ih), matrix<T>(weight_hh),
                          bias_ih ? data<T>(*bias_ih) : nullptr, bias_hh ? data<T>(*bias_hh) : nullptr},
                         memory.get());
@@ -37,41 +39,10 @@ void forward(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& we
                             save ? mutable_data<T>(gates) : nullptr,
                             save ? mutable_data<T>(cells) : nullptr,
                             {},
-                            nullptr},
+                            threads.get()},
                            memory.get() + packed);
     if (batch > 0)
         std::memcpy(mutable_data<T>(h_n), data<T>(y) + (steps - 1) * batch * units, batch * units * sizeof(T));
-}
-
-template <class T>
-void backward(const Tensor& grad_y, const Tensor& grad_h, const Tensor& grad_c, const std::optional<Tensor>& grad_cells,
-              const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih, const Tensor& weight_hh,
-              const Tensor& y, const Tensor& gates, const Tensor& cells, const Tensor& grad_x,
-              const Tensor& grad_weight_ih, const Tensor& grad_weight_hh, const Tensor& grad_bias) {
-    const std::size_t rows = size(x, 0) * size(x, 1);
-    const std::size_t units = size(h, 1);
-    const auto memory = scratch<T>(rows * core::gate_count * units);
-    core::layer_backward<T>({size(x, 0),
-                             size(x, 1),
-                             size(x, 2),
-                             units,
-                             matrix<T>(weight_ih),
-                             matrix<T>(weight_hh),
-                             data<T>(x),
-                             data<T>(h),
-                             data<T>(c),
-                             data<T>(y),
-                             data<T>(gates),
-                             data<T>(cells),
-                             data<T>(grad_y),
-                             grad_cells ? data<T>(*grad_cells) : nullptr,
-                             mutable_data<T>(grad_h),
-                             mutable_data<T>(grad_c),
-                             mutable_data<T>(grad_x),
-                             mutable_data<T>(grad_weight_ih),
-                             mutable_data<T>(grad_weight_hh),
-                             mutable_data<T>(grad_bias),
-                             memory.get()});
 }
 
 }  // namespace
@@ -96,6 +67,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer(Tensor x, Tensor h
         check_argument(op, bias == &bias_ih ? "bias_ih" : "bias_hh", **bias, x, {gate_rows});
         *bias = as_contiguous(**bias);
     }
+    if (rows_are_shared(steps, batch, x.size(2), units)) {
+        const auto [y, h_n, c_n, gates, cells] = lstm_packed(as_rows(x), std::nullopt, h, c, weight_ih, weight_hh,
+                                                             bias_ih, bias_hh, std::nullopt, false, save, save);
+        const auto in_steps = [&](const Tensor& rows) {
+            const std::int64_t width = rows.size(1);
+            return view_of(rows, {steps, batch, width}, {batch * width, width, 1});
+        };
+        return {in_steps(y), h_n, c_n, save ? in_steps(gates) : gates, save ? in_steps(cells) : cells};
+    }
     h = as_contiguous(h);
     const Tensor c_n = copy_of(c);
     const Tensor h_n = empty(x, {batch, units});
@@ -108,8 +88,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer(Tensor x, Tensor h
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(
-    Tensor grad_y, Tensor grad_h, Tensor grad_c, std::optional<Tensor> grad_cells, Tensor x, Tensor h, Tensor c,
-    Tensor weight_ih, Tensor weight_hh, Tensor y, Tensor gates, Tensor cells) {
+    std::optional<Tensor> grad_y, std::optional<Tensor> grad_h, std::optional<Tensor> grad_c,
+    std::optional<Tensor> grad_cells, Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor y,
+    Tensor gates, Tensor cells, bool to_x, bool to_weights) {
     const char* op = "lstm_layer_backward";
     check_input(op, "x", x, 3);
     check_input(op, "h", h, 2);
@@ -117,30 +98,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(
     const std::int64_t batch = x.size(1);
     const std::int64_t inputs = x.size(2);
     const std::int64_t units = h.size(1);
-    const std::int64_t gate_rows = 4 * units;
-    for (const auto& [name, tensor] : {std::pair{"grad_h", &grad_h}, {"grad_c", &grad_c}, {"h", &h}, {"c", &c}})
-        check_argument(op, name, *tensor, x, {batch, units});
-    for (const auto& [name, tensor] : {std::pair{"grad_y", &grad_y}, {"y", &y}, {"cells", &cells}})
-        check_argument(op, name, *tensor, x, {steps, batch, units});
-    check_argument(op, "gates", gates, x, {steps, batch, gate_rows});
-    check_argument(op, "weight_ih", weight_ih, x, {gate_rows, inputs});
-    check_argument(op, "weight_hh", weight_hh, x, {gate_rows, units});
-    for (Tensor* tensor : {&x, &h, &c, &weight_ih, &weight_hh, &y, &gates, &cells, &grad_y})
-        *tensor = as_contiguous(*tensor);
-    if (grad_cells) {
-        check_argument(op, "grad_cells", *grad_cells, x, {steps, batch, units});
-        grad_cells = as_contiguous(*grad_cells);
+    check_argument(op, "y", y, x, {steps, batch, units});
+    check_argument(op, "cells", cells, x, {steps, batch, units});
+    check_argument(op, "gates", gates, x, {steps, batch, 4 * units});
+    for (auto* tensor : {&grad_y, &grad_cells}) {
+        if (!*tensor) continue;
+        check_argument(op, tensor == &grad_y ? "grad_y" : "grad_cells", **tensor, x, {steps, batch, units});
+        *tensor = as_rows(**tensor);
     }
-    grad_h = copy_of(grad_h);
-    grad_c = copy_of(grad_c);
-    const Tensor grad_x = empty(x, {steps, batch, inputs});
-    const Tensor grad_weight_ih = empty(x, {gate_rows, inputs});
-    const Tensor grad_weight_hh = empty(x, {gate_rows, units});
-    const Tensor grad_bias = empty(x, {gate_rows});
-    const auto kernel = is_float(x) ? backward<float> : backward<double>;
-    kernel(grad_y, grad_h, grad_c, grad_cells, x, h, c, weight_ih, weight_hh, y, gates, cells, grad_x, grad_weight_ih,
-           grad_weight_hh, grad_bias);
-    return {grad_x, grad_h, grad_c, grad_weight_ih, grad_weight_hh, grad_bias};
+    // All steps have all rows: the packed layout is that of the padded one.
+    const auto [grad_x, grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias, none] =
+        lstm_packed_backward(grad_y, grad_h, grad_c, grad_cells, as_rows(x), std::nullopt, h, c, weight_ih, weight_hh,
+                             std::nullopt, as_rows(y), as_rows(gates), as_rows(cells), false, to_x, to_weights);
+    const Tensor to_input = to_x ? view_of(grad_x, {steps, batch, inputs}, {batch * inputs, inputs, 1}) : grad_x;
+    return {to_input, grad_h0, grad_c0, grad_weight_ih, grad_weight_hh, grad_bias};
 }
 
 }  // namespace ops

@@ -15,11 +15,6 @@ struct Extras {
 };
 
 template <class T>
-const T* data_or_null(const Maybe& tensor) {
-    return tensor ? data<T>(*tensor) : nullptr;
-}
-
-template <class T>
 void forward(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih, const Tensor& weight_hh,
              const Extras& extras, core::LayerOptions<double> given, const Tensor& y, const Maybe& cells) {
     const std::size_t steps = size(x, 0);

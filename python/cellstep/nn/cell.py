@@ -6,7 +6,7 @@ from typing import Final, Optional
 import torch
 from torch import Tensor, nn
 
-from cellstep.nn.dispatch import USE_OPS, has_kernel
+from cellstep.nn.dispatch import USE_OPS, has_kernel, widens
 
 
 def check_size(name: str, value: int) -> None:
@@ -94,7 +94,9 @@ class LSTMCell(nn.Module):
                 f"Expected input, state and parameters on one device, got {x.device}, {h.device}, {c.device} and "
                 f"{self.weight_ih.device}"
             )
-        if self.use_ops and has_kernel(x):
+        if self.use_ops and widens(x) and h.dtype == x.dtype and c.dtype == x.dtype:
+            h, c = self._step_widened(x, h, c)
+        elif self.use_ops and has_kernel(x):
             h, c, _ = torch.ops.cellstep.lstm_cell(
                 x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, torch.is_grad_enabled()
             )
@@ -103,6 +105,12 @@ class LSTMCell(nn.Module):
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0)
         return h, c
+
+    @torch.jit.unused
+    def _step_widened(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        wide = [None if t is None else t.float() for t in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)]
+        h, c, _ = torch.ops.cellstep.lstm_cell(x.float(), h.float(), c.float(), *wide, torch.is_grad_enabled())
+        return h.to(x.dtype), c.to(x.dtype)
 
     def _check(self, x: Tensor, part: Tensor, index: int, batched: bool) -> None:
         """One half of the state beside x (N, input_size)."""

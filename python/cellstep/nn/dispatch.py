@@ -32,3 +32,13 @@ def has_kernel(x: Tensor) -> bool:
         return True
     # A module may be unpickled in a process that has no operators.
     return USE_OPS and not autocasting(x) and not transforms_active()
+
+
+def widens(x: Tensor) -> bool:
+    """Whether a call in half precision runs on cellstep's operators in float32, and its answers are narrowed: the CPUs
+    that compute in half precision are few, and elsewhere torch's own operators take several times as long."""
+    if x.device.type != "cpu" or (x.dtype != torch.bfloat16 and x.dtype != torch.float16):
+        return False
+    if torch.jit.is_scripting():
+        return False
+    return USE_OPS and not (autocasting(x) or transforms_active() or torch.compiler.is_compiling())

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+import cellstep
 from cellstep.formula import ACTIVATIONS, lstm_steps
 from cellstep.nn.cell import check_flag, check_size
-from cellstep.nn.dispatch import USE_OPS, autocasting, has_kernel, transforms_active
+from cellstep.nn.dispatch import USE_OPS, autocasting, has_kernel, transforms_active, widens
 from cellstep.nn.packed import inference_only, packed_image
 
 _LAYER_ACTIVATIONS = ACTIVATIONS[:-1]  # softmax is for heads
@@ -61,8 +62,8 @@ class LSTM(nn.Module):
         memory_efficient: the forward pass keeps no gates, and the backward pass computes them again: with 128 units,
             16 rows and 1,000 steps a layer keeps 16 MB where it otherwise keeps 57 MB.
 
-    The backward pass of plain layers, in one direction or two, is a kernel; with ``proj_size`` or any option that
-    changes the formula it runs on torch's own operators, step by step.
+    The backward pass of plain layers, with ``proj_size`` or without, in one direction or two, is a kernel; with an
+    option that changes the formula it runs on torch's own operators, step by step.
 
     Raises:
         ValueError: the input has a wrong number of dimensions or another dtype than the parameters.
@@ -516,8 +517,9 @@ class LSTM(nn.Module):
             raise ValueError("LSTM: Expected no reset with a PackedSequence; pass a padded input and lengths")
         if packed.data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {packed.data.dim()}")
-        if not (self.use_ops and has_kernel(packed.data)) and self._torch_can(packed.data, False):
-            return self._torch_packed(packed, hx)
+        kernels = self.use_ops and (has_kernel(packed.data) or widens(packed.data))
+        if self._packs(None) if kernels else self._torch_can(packed.data, False):
+            return self._run_packed(packed, hx, kernels)
         if self.batch_first:
             padded, lengths = pad_packed_sequence(packed, batch_first=True)
         else:
@@ -539,8 +541,8 @@ class LSTM(nn.Module):
         return pack(answer[0]), answer[1]
 
     @torch.jit.unused
-    def _torch_packed(self, packed: PackedSequence, hx: Optional[tuple[Tensor, Tensor]]):  # type: ignore[no-untyped-def]
-        """On torch.lstm, which has kernels for a PackedSequence on more devices."""
+    def _run_packed(self, packed: PackedSequence, hx: Optional[tuple[Tensor, Tensor]], kernels: bool):  # type: ignore[no-untyped-def]
+        """Without padding: on cellstep's operators, or on torch.lstm, which runs on more devices."""
         data, batch_sizes, there, back = packed
         rows = int(batch_sizes[0])
         h, c = self._first_state(data, rows) if hx is None else hx
@@ -548,20 +550,62 @@ class LSTM(nn.Module):
         self._check(data[:rows].unsqueeze(0), h, c, weights[0], None, None)
         if there is not None:
             h, c = h.index_select(1, there), c.index_select(1, there)
-        output, h, c = torch.lstm(
-            data,
-            batch_sizes,
-            [h, c],
-            weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-        )
+        if kernels:
+            output, h, c, cells = self._stack(data, h, c, weights, None, None, batch_sizes)
+        else:
+            output, h, c = torch.lstm(
+                data,
+                batch_sizes,
+                [h, c],
+                weights,
+                self.bias,
+                self.num_layers,
+                self.dropout,
+                self.training,
+                self.bidirectional,
+            )
         if back is not None:
             h, c = h.index_select(1, back), c.index_select(1, back)
-        return PackedSequence(output, batch_sizes, there, back), (h, c)
+        output = PackedSequence(output, batch_sizes, there, back)
+        if self.return_cell_states:
+            return output, (h, c), PackedSequence(cells, batch_sizes, there, back)
+        return output, (h, c)
+
+    @torch.jit.unused
+    def _packs(self, reset: Optional[Tensor]) -> bool:
+        """Whether a call on cellstep's operators may run on packed rows: plain layers, with nothing drawn for every
+        step, and outside of graphs, which want sizes that do not hang on lengths."""
+        if reset is not None or not self._plain or self.zoneout_h > 0.0 or self.zoneout_c > 0.0:
+            return False
+        if self.training and self.recurrent_dropout > 0.0:
+            return False
+        return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+    @torch.jit.unused
+    def _stack_of_rows(
+        self, x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], lengths: Optional[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What :meth:`_stack` answers, on packed rows: past the end of a row nothing is read or computed."""
+        steps, rows = x.size(0), x.size(1)
+        if lengths is None:
+            output, h, c, cells = self._stack(x.flatten(0, 1), h, c, weights, None, None)
+            shape = (steps, rows)
+            return output.unflatten(0, shape), h, c, cells.unflatten(0, shape) if self.return_cell_states else cells
+        there = lengths.argsort(descending=True, stable=True)
+        back = torch.empty_like(there).scatter_(0, there, torch.arange(rows))
+        moments = torch.arange(steps).unsqueeze(1)
+        present = moments < lengths[there]
+        places = (moments * rows + there)[present]
+        data = x.flatten(0, 1)
+        data = data[places] if data.requires_grad else data.index_select(0, places)
+        batch_sizes = present.sum(1)
+        output, h, c, cells = self._stack(data, h[:, there], c[:, there], weights, None, None, batch_sizes)
+
+        def padded(values: Tensor) -> Tensor:
+            flat = values.new_zeros(steps * rows, values.size(1))
+            return flat.index_copy(0, places, values).unflatten(0, (steps, rows))
+
+        return padded(output), h[:, back], c[:, back], padded(cells) if self.return_cell_states else cells
 
     def _stack(
         self,
@@ -571,9 +615,19 @@ class LSTM(nn.Module):
         weights: list[Tensor],
         lengths: Optional[Tensor],
         reset: Optional[Tensor],
+        batch_sizes: Optional[Tensor] = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All layers: x (T, N, input_size) -> output, h_n, c_n, cells (empty unless asked for)."""
+        """All layers: x (T, N, input_size) -> output, h_n, c_n, cells (empty unless asked for). In eager mode also x
+        (P, input_size), packed as ``batch_sizes`` tells."""
         kernels = self.use_ops and has_kernel(x)
+        if not torch.jit.is_scripting():
+            if self.use_ops and widens(x) and h.dtype == x.dtype and c.dtype == x.dtype:
+                wide = [weight.float() for weight in weights]
+                answers = self._stack(x.float(), h.float(), c.float(), wide, lengths, reset, batch_sizes)
+                output, h, c, cells = [answer.to(x.dtype) for answer in answers]
+                return output, h, c, cells
+            if kernels and x.dim() == 3 and self._packs(reset):
+                return self._stack_of_rows(x, h, c, weights, lengths)
         if not kernels:
             if self._torch_can(x, lengths is not None or reset is not None):
                 output, h, c = torch.lstm(
@@ -602,9 +656,10 @@ class LSTM(nn.Module):
         initial_c: Optional[Tensor] = None
         if self.learn_initial_state and reset is not None:
             initial_h, initial_c = self._initial_pair()
+            initial_h, initial_c = initial_h.to(x.dtype), initial_c.to(x.dtype)
         last_h: list[Tensor] = []
         last_c: list[Tensor] = []
-        cells = x.new_empty([0, 0, 0])
+        cells = x.new_empty([0] * x.dim())
         directions = 2 if self.bidirectional else 1
         for layer in range(self.num_layers):
             outputs: list[Tensor] = []
@@ -615,6 +670,7 @@ class LSTM(nn.Module):
                 p: dict[str, Tensor] = {}
                 for k in range(len(self._names)):
                     p[self._names[k]] = weights[at + k]
+                want_cells = self.return_cell_states and layer + 1 == self.num_layers
                 y, h_n, c_n, direction_cells = self._direction(
                     kernels,
                     direction == 1,
@@ -626,15 +682,16 @@ class LSTM(nn.Module):
                     reset,
                     initial_h[place] if initial_h is not None else None,
                     initial_c[place] if initial_c is not None else None,
-                    self.return_cell_states and layer + 1 == self.num_layers,
+                    want_cells,
+                    batch_sizes,
                 )
                 outputs.append(y)
                 all_cells.append(direction_cells)
                 last_h.append(h_n)
                 last_c.append(c_n)
-            y = torch.cat(outputs, 2) if self.bidirectional else outputs[0]
+            y = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
             if self.return_cell_states and layer + 1 == self.num_layers:
-                cells = torch.cat(all_cells, 2) if self.bidirectional else all_cells[0]
+                cells = torch.cat(all_cells, -1) if self.bidirectional else all_cells[0]
             if self.residual and layer > 0:
                 y = y + x
             if self.dropout > 0.0 and layer + 1 < self.num_layers:
@@ -667,8 +724,12 @@ class LSTM(nn.Module):
         initial_h: Optional[Tensor],
         initial_c: Optional[Tensor],
         want_cells: bool,
+        batch_sizes: Optional[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One layer in one direction, rows of any lengths: x (T, N, I) -> y, h_n, c_n, cells."""
+        if not torch.jit.is_scripting():
+            if x.dim() == 2:
+                return self._packed_layer(reverse, x, batch_sizes, h, c, p, want_cells)
         if lengths is None:
             if not reverse:
                 return self._layer(kernels, x, h, c, p, reset, initial_h, initial_c, want_cells)
@@ -705,6 +766,29 @@ class LSTM(nn.Module):
             cells = cells.gather(0, order.unsqueeze(2).expand(-1, -1, cells.size(2)))
         past = past.unsqueeze(2)
         return y.masked_fill(past, 0.0), h_n, c_n, cells.masked_fill(past, 0.0)
+
+    @torch.jit.unused
+    def _packed_layer(
+        self,
+        reverse: bool,
+        x: Tensor,
+        batch_sizes: Optional[Tensor],
+        h: Tensor,
+        c: Tensor,
+        p: dict[str, Tensor],
+        want_cells: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One layer in one direction: x (P, I) -> y (P, R), h_n, c_n, cells (P, H)."""
+        weight_hh = p["weight_hh"]
+        if self.weight_drop > 0.0:
+            weight_hh = nn.functional.dropout(weight_hh, self.weight_drop, self.training)
+        biases = p.get("bias_ih"), p.get("bias_hh")
+        keep = torch.is_grad_enabled() and not self.memory_efficient
+        weights = p["weight_ih"], weight_hh, *biases, p.get("weight_hr")
+        y, h, c, _, cells = cellstep.ops.lstm_packed(
+            x, batch_sizes, h, c, *weights, reverse, keep, keep or want_cells
+        )
+        return y, h, c, cells
 
     def _layer(
         self,
