@@ -2,6 +2,8 @@
 
 #if defined(__x86_64__) && !defined(CELLSTEP_STRICT) && !defined(CELLSTEP_SINGLE_ISA)
 #define CELLSTEP_MANY_ISAS 1
+#include <cpuid.h>
+
 #include <cstdlib>
 #include <cstring>
 #endif
@@ -36,6 +38,12 @@ CELLSTEP_DECLARE(baseline)
 CELLSTEP_DECLARE(avx2)
 CELLSTEP_DECLARE(avx512)
 
+/// Leaf 7, subleaf 1, bit 4 of eax: not every compiler's __builtin_cpu_supports knows this one.
+static bool has_avx_vnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
 static Choice choose() {
     __builtin_cpu_init();
     const bool has_avx2 =
@@ -54,7 +62,7 @@ static Choice choose() {
         return {"avx512", with_int8(avx512::kernels_float, avx512vnni::kernel), &avx512::kernels_double};
     if (has_avx512 && (wanted("avx512") || wanted("avx512vnni")))
         return {"avx512", &avx512::kernels_float, &avx512::kernels_double};
-    if (has_avx2 && __builtin_cpu_supports("avxvnni") && wanted("avx2vnni"))
+    if (has_avx2 && has_avx_vnni() && wanted("avx2vnni"))
         return {"avx2", with_int8(avx2::kernels_float, avx2vnni::kernel), &avx2::kernels_double};
     const bool no_more_than_baseline = wish && std::strcmp(wish, "baseline") == 0;
     if (has_avx2 && !no_more_than_baseline) return {"avx2", &avx2::kernels_float, &avx2::kernels_double};
