@@ -746,9 +746,7 @@ class LSTM(nn.Module):
         biases = p.get("bias_ih"), p.get("bias_hh")
         keep = torch.is_grad_enabled() and not self.memory_efficient
         weights = p["weight_ih"], weight_hh, *biases, p.get("weight_hr")
-        y, h, c, _, cells = cellstep.ops.lstm_packed(
-            x, batch_sizes, h, c, *weights, reverse, keep, keep or want_cells
-        )
+        y, h, c, _, cells = cellstep.ops.lstm_packed(x, batch_sizes, h, c, *weights, reverse, keep, keep or want_cells)
         return y, h, c, cells
 
     def _layer(
