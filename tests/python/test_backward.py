@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import cellstep.ops
 from cellstep.formula import lstm_packed_steps
 from cellstep.nn import LSTM
 
@@ -279,9 +278,9 @@ def test_wrong_arguments(what):
 
 
 def test_memory_does_not_grow_with_the_number_of_lengths():
-    """torch.nn.LSTM keeps a compiled primitive for every length it has met: 1.4 GB for these. Here a call keeps nothing;
-    the first calls are twice as long as any other, so that the allocator's heap has found its size, and the limit is
-    what one of the longest others holds at its peak."""
+    """torch.nn.LSTM keeps a compiled primitive for every length it has met: 1.4 GB for these. Here a call keeps
+    nothing; the first calls are twice as long as any other, so that the allocator's heap has found its size, and the
+    limit is what one of the longest others holds at its peak."""
     script = """
 import sys, torch
 from cellstep.nn import LSTM
