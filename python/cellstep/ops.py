@@ -340,7 +340,7 @@ def _packed_backward(
 
         def steps(*aliases: Tensor | None) -> tuple[Tensor, ...]:
             first, *others = aliases
-            return lstm_packed_steps(first, batch_sizes, *others, ctx.reverse)  # type: ignore[arg-type]
+            return lstm_packed_steps(first, batch_sizes, *others, ctx.reverse)  # type: ignore[arg-type, call-arg]
 
         to_input, *others = _differentiable_gradients(steps, grads, (x, *inputs[2:]))
         return (to_input, None, *others, None, None, None)

@@ -189,8 +189,8 @@ def test_half_precision_computes_in_float32(dtype, arguments):
     wide.load_state_dict(half.state_dict())
     x = torch.randn(4, 2, 3, dtype=dtype)
     answers = []
-    for module, given in ((half, x), (wide, x.float())):
-        y, (h, c) = module(given)
+    for module, values in ((half, x), (wide, x.float())):
+        y, (h, c) = module(values)
         (y.sum() + h.sum() + c.sum()).backward()
         answers.append([y, h, c, *(p.grad for p in module.parameters())])
     for a, b in zip(*answers, strict=True):

@@ -566,10 +566,10 @@ class LSTM(nn.Module):
             )
         if back is not None:
             h, c = h.index_select(1, back), c.index_select(1, back)
-        output = PackedSequence(output, batch_sizes, there, back)
+        answer = PackedSequence(output, batch_sizes, there, back)
         if self.return_cell_states:
-            return output, (h, c), PackedSequence(cells, batch_sizes, there, back)
-        return output, (h, c)
+            return answer, (h, c), PackedSequence(cells, batch_sizes, there, back)
+        return answer, (h, c)
 
     @torch.jit.unused
     def _packs(self, reset: Optional[Tensor]) -> bool:
@@ -603,7 +603,7 @@ class LSTM(nn.Module):
 
         def padded(values: Tensor) -> Tensor:
             flat = values.new_zeros(steps * rows, values.size(1))
-            return flat.index_copy(0, places, values).unflatten(0, (steps, rows))
+            return flat.index_copy(0, places, values).view(steps, rows, values.size(1))
 
         return padded(output), h[:, back], c[:, back], padded(cells) if self.return_cell_states else cells
 
@@ -785,9 +785,7 @@ class LSTM(nn.Module):
         biases = p.get("bias_ih"), p.get("bias_hh")
         keep = torch.is_grad_enabled() and not self.memory_efficient
         weights = p["weight_ih"], weight_hh, *biases, p.get("weight_hr")
-        y, h, c, _, cells = cellstep.ops.lstm_packed(
-            x, batch_sizes, h, c, *weights, reverse, keep, keep or want_cells
-        )
+        y, h, c, _, cells = cellstep.ops.lstm_packed(x, batch_sizes, h, c, *weights, reverse, keep, keep or want_cells)
         return y, h, c, cells
 
     def _layer(
