@@ -18,7 +18,7 @@ import programs
 import torch
 from cases import Case, Way, quiet
 from flat import measure_flat
-from rows import HAND_WRITTEN, ROWS, Result, Row
+from rows import FLOAT32_PEER, HAND_WRITTEN, ROWS, Result, Row
 from timing import Effort, Samples, pair
 from training import training_peers, training_ways
 
@@ -95,8 +95,7 @@ def measure(row: Row, effort: Effort, leave_out: Mapping[str, str]) -> Result:
                 measurement.compare(name, name, brief)
     plain = {name: result.ratios[name] for name in peers.PEERS if name in result.ratios and name != HAND_WRITTEN}
     if row.dtype != "float32" and plain and not row.training:
-        best = min(plain, key=lambda name: plain[name])
-        result.extra[f"times as long as cellstep that the best float32 peer, {best}, takes"] = plain[best]
+        result.extra[FLOAT32_PEER] = min(plain.values())
     result.timings = {name: samples.timing() for name, (_, samples) in measurement.ways.items() if samples.ns}
     return result
 
