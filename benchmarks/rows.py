@@ -15,7 +15,8 @@ A training step counts each product three times, once forward and twice backward
 twice, as nobody asks for the gradient of the input. Activations, latencies, the optimiser and the call itself are not
 counted, so that no program reaches the floor of a small row. A multiply-add costs twice as much in float64 and a
 quarter in int8, where one instruction does four times as many; weights in bfloat16 are widened to float32, which costs
-nothing here but halves their bytes.
+nothing here but halves their bytes. A row can be faster than its floor where weights are read in turns from either end:
+what was read last is then found in a smaller cache than the one that holds them all.
 """
 
 import math
@@ -210,8 +211,8 @@ def floor_us(row: Row, rates: Rates) -> float:
 class Goal:
     """A figure of a row that must reach ``least``.
 
-    ``against`` is a peer's name, "best peer" or "best float32 peer" (how many times as long it takes), "floor" (the floor over the time),
-    "FMA peak" (operations a second over the peak) or "limit" (``limit_us`` over the time).
+    ``against`` is a peer's name, "best peer" or "best float32 peer" (how many times as long it takes), "floor" (the
+    floor over the time), "FMA peak" (operations a second over the peak) or "limit" (``limit_us`` over the time).
     """
 
     row: str

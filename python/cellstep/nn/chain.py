@@ -249,7 +249,8 @@ class Chain(nn.Module):
             answer = self._run_image(windows, None, lengths, None, self.answers)
             if answer is not None:
                 return answer[0] if x.dim() == 3 else answer[0].squeeze(0)
-        y, _ = self.answer(windows, self.initial_state(windows.size(0)), lengths)
+        h, c = self.initial_state(windows.size(0))
+        y, _ = self._answer_by_layers(windows, h, c, lengths, None, self.answers)
         return y if x.dim() == 3 else y.squeeze(0)
 
     @torch.jit.unused
@@ -366,11 +367,23 @@ class Chain(nn.Module):
         answers: str,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         if not torch.jit.is_scripting():
-            if lengths is not None and not isinstance(lengths, Tensor):
-                lengths = torch.as_tensor(lengths)
             answer = self._run_image(x, (h, c), lengths, reset, answers)
             if answer is not None:
                 return answer
+        return self._answer_by_layers(x, h, c, lengths, reset, answers)
+
+    def _answer_by_layers(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        lengths: Optional[Tensor],
+        reset: Optional[Tensor],
+        answers: str,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if not torch.jit.is_scripting():
+            if lengths is not None and not isinstance(lengths, Tensor):
+                lengths = torch.as_tensor(lengths)
         past: Optional[Tensor] = None
         if lengths is not None:
             if lengths.dim() != 1 or lengths.size(0) != x.size(0):
