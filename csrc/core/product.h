@@ -21,8 +21,10 @@ CELLSTEP_INLINE V load_part(const T* source, std::size_t count) {
     if constexpr (sizeof(T) == 4 && lanes == 4) return bit_cast<V>(_mm_maskz_loadu_ps(mask & 255, source));
     if constexpr (sizeof(T) == 8 && lanes == 8) return bit_cast<V>(_mm512_maskz_loadu_pd(mask & 255, source));
 #endif
-    if constexpr (lanes == 1) {
-        return V{};
+    if constexpr (lanes == 2) {
+        V value{};
+        if (count) value[0] = source[0];
+        return value;
     } else {
         using Half = Vector<T, static_cast<int>(lanes / 2)>;
         constexpr std::size_t half = lanes / 2;
