@@ -1,8 +1,8 @@
 /// Logistic sigmoid and hyperbolic tangent on vectors, without libm, so that they are the same bits everywhere.
 ///
-/// Both rest on exp of a non-positive argument, split as x = n ln 2 + r with |r| <= ln(2)/2 (Cody and Waite,
+/// Both rest on exp, its argument split as x = n ln 2 + r with |r| <= ln(2)/2 (Cody and Waite,
 /// Software Manual for the Elementary Functions, 1980), and a polynomial for expm1(r): in float the one of least
-/// relative error in exp(r) for its degree, 4e-9, in double the Taylor series. A non-positive argument cannot overflow.
+/// relative error in exp(r) for its degree, 4e-9, in double the Taylor series.
 #pragma once
 
 #include "core/simd.h"
@@ -25,6 +25,7 @@ struct ExpConstants<float> {
     static constexpr float round_to_int = 0x1.8p+23f;  // adding it leaves round(x) in the low bits
     static constexpr int mantissa_bits = 23;
     static constexpr float vanishes = -88.0f;  // n is -127 there, which makes 2^n zero, and exp of less is denormal
+    static constexpr float overflows = 89.0f;  // n is 128 there, which makes 2^n infinite, and r is positive
     static constexpr int terms = 5;            // of (expm1(r) - r) / r^2, the highest power first
     static constexpr float series[terms] = {0x1.6a2434p-10f, 0x1.1239e2p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f,
                                             0x1.fffffcp-2f};
@@ -39,6 +40,7 @@ struct ExpConstants<double> {
     static constexpr double round_to_int = 0x1.8p+52;
     static constexpr int mantissa_bits = 52;
     static constexpr double vanishes = -709.0;
+    static constexpr double overflows = 710.0;
     static constexpr int terms = 12;
     static constexpr double series[terms] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
                                              1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
@@ -52,7 +54,8 @@ struct SplitExp {
     V expm1;
 };
 
-template <class T, int Lanes>
+/// Far: whether every digit counts far from zero, as it does not in 1 + exp(x) for negative x.
+template <class T, int Lanes, bool Far>
 CELLSTEP_INLINE SplitExp<Vector<T, Lanes>> split_exp(Vector<T, Lanes> x) {
     using C = ExpConstants<T>;
     using V = Vector<T, Lanes>;
@@ -62,8 +65,8 @@ CELLSTEP_INLINE SplitExp<Vector<T, Lanes>> split_exp(Vector<T, Lanes> x) {
     const V n = shifted - shift;
     const V rough = fma(n, broadcast<V>(-C::ln2_high), x);
     const V r = fma(n, broadcast<V>(-C::ln2_low), rough);
-    // With a fused multiply-add `rough` is r but for a few units in the last place, which the square does not feel.
-    const V z = has_fma ? rough : r;
+    // With a fused multiply-add `rough` is r but for n ln2_low, which the square does not feel until n is large.
+    const V z = has_fma && !Far ? rough : r;
     // Terms in pairs, then by powers of r^2: half the latency of Horner's scheme for as many operations.
     const V square = z * z;
     constexpr bool odd = C::terms % 2;
@@ -89,16 +92,16 @@ CELLSTEP_INLINE Vector<T, Lanes> minus_magnitude(Vector<T, Lanes> x) {
     return bit_cast<Vector<T, Lanes>>(bit_cast<I>(x) | bit_cast<I>(broadcast<Vector<T, Lanes>>(T(-0.0))));
 }
 
-/// 1 / (1 + exp(-x)); NaN for NaN; zero where exp(x) is below the normal numbers. The denominator is 1 to 2.
+/// 1 / (1 + exp(-x)); NaN for NaN; zero, with an infinite denominator, where exp(x) is below the normal numbers. Where
+/// it is not, the denominator may be doubled without overflow.
 template <class T, int Lanes>
 CELLSTEP_INLINE Fraction<Vector<T, Lanes>> sigmoid_fraction(Vector<T, Lanes> x) {
     using V = Vector<T, Lanes>;
-    const V negative = maximum(broadcast<V>(ExpConstants<T>::vanishes), minus_magnitude<T, Lanes>(x));
-    const SplitExp<V> split = split_exp<T, Lanes>(negative);
+    const V vanishes = broadcast<V>(ExpConstants<T>::vanishes);
+    const V exponent = x < vanishes ? broadcast<V>(ExpConstants<T>::overflows) : maximum(vanishes, -x);
+    const SplitExp<V> split = split_exp<T, Lanes, true>(exponent);
     const V one = broadcast<V>(T(1));
-    const V e = fma(split.scale, split.expm1, split.scale);
-    // 1 + e once more, beside e and not after it.
-    return {x < V{} ? e : one, fma(split.scale, split.expm1, split.scale + one)};
+    return {one, fma(split.scale, split.expm1, one) + split.scale};
 }
 
 template <class T, int Lanes>
@@ -114,7 +117,7 @@ CELLSTEP_INLINE Vector<T, Lanes> elu(Vector<T, Lanes> x) {
     const V saturated = broadcast<V>(T(-44));  // expm1(-44) rounds to -1 in float and in double
     V negative = x < V{} ? x : V{};
     negative = negative < saturated ? saturated : negative;
-    const SplitExp<V> split = split_exp<T, Lanes>(negative);
+    const SplitExp<V> split = split_exp<T, Lanes, false>(negative);
     return x < V{} ? fma(split.scale, split.expm1, split.scale - broadcast<V>(T(1))) : x;
 }
 
@@ -126,7 +129,7 @@ CELLSTEP_INLINE Fraction<Vector<T, Lanes>> tanh_fraction(Vector<T, Lanes> x) {
     using I = Vector<typename ExpConstants<T>::Bits, Lanes>;
     const V saturated = broadcast<V>(T(-44));  // tanh(22) rounds to 1 in float and in double
     const V negative = minus_magnitude<T, Lanes>(x);
-    const SplitExp<V> split = split_exp<T, Lanes>(maximum(saturated, negative + negative));
+    const SplitExp<V> split = split_exp<T, Lanes, false>(maximum(saturated, negative + negative));
     const V one = broadcast<V>(T(1));
     const V t = fma(split.scale, split.expm1, split.scale - one);
     const I sign = bit_cast<I>(broadcast<V>(T(-0.0)));

@@ -8,9 +8,10 @@ namespace cellstep {
 namespace core {
 namespace CELLSTEP_ISA {
 
-/// Loads and stores of a vector whose last lanes may lie past the end of the row; lanes past it are zero.
+/// Loads and stores of a vector whose last lanes may lie past the end of the row; lanes past it are zero. Without masks
+/// a part is cut into halves, each either whole or empty or cut again.
 template <class V, class T>
-inline V load_part(const T* source, std::size_t count) {
+CELLSTEP_INLINE V load_part(const T* source, std::size_t count) {
     constexpr std::size_t lanes = sizeof(V) / sizeof(T);
     if (count >= lanes) return load<V>(source);
 #if defined(__AVX512VL__)
@@ -20,14 +21,20 @@ inline V load_part(const T* source, std::size_t count) {
     if constexpr (sizeof(T) == 4 && lanes == 4) return bit_cast<V>(_mm_maskz_loadu_ps(mask & 255, source));
     if constexpr (sizeof(T) == 8 && lanes == 8) return bit_cast<V>(_mm512_maskz_loadu_pd(mask & 255, source));
 #endif
-    V value{};
-    for (std::size_t lane = 0; lane < lanes; ++lane)
-        if (lane < count) value[lane] = source[lane];
-    return value;
+    if constexpr (lanes == 2) {
+        V value{};
+        if (count) value[0] = source[0];
+        return value;
+    } else {
+        using Half = Vector<T, static_cast<int>(lanes / 2)>;
+        constexpr std::size_t half = lanes / 2;
+        const Half high = count > half ? load_part<Half>(source + half, count - half) : Half{};
+        return Halves<T, static_cast<int>(lanes)>::join(load_part<Half>(source, count), high);
+    }
 }
 
 template <class V, class T>
-inline void store_part(T* target, V value, std::size_t count) {
+CELLSTEP_INLINE void store_part(T* target, V value, std::size_t count) {
     constexpr std::size_t lanes = sizeof(V) / sizeof(T);
     if (count >= lanes) return store(target, value);
 #if defined(__AVX512VL__)
@@ -39,8 +46,12 @@ inline void store_part(T* target, V value, std::size_t count) {
     if constexpr (sizeof(T) == 8 && lanes == 8)
         return _mm512_mask_storeu_pd(target, mask & 255, bit_cast<__m512d>(value));
 #endif
-    for (std::size_t lane = 0; lane < lanes; ++lane)
-        if (lane < count) target[lane] = value[lane];
+    if constexpr (lanes > 1) {
+        constexpr std::size_t half = lanes / 2;
+        using Both = Halves<T, static_cast<int>(lanes)>;
+        store_part(target, Both::low(value), count);
+        if (count > half) store_part(target + half, Both::high(value), count - half);
+    }
 }
 
 /// A block of Rows by Vectors registers of C stays in registers over the whole depth.
@@ -70,23 +81,24 @@ inline void product_tile(const Product<T>& p, std::size_t row, std::size_t colum
         for (int v = 0; v < Vectors; ++v) store(c[r] + v * lanes, sum[r][v]);
 }
 
+/// Rows of a tile: with one vector to a row it takes eight of them to hide the latency of the multiply-adds behind.
+template <int Vectors>
+constexpr int most_rows = Vectors == 1 ? 8 : 6;
+
+template <class T, int Rows, int Vectors>
+inline void product_rows(const Product<T>& p, std::size_t rows, std::size_t row, std::size_t column) {
+    if (rows == static_cast<std::size_t>(Rows)) return product_tile<T, Rows, Vectors>(p, row, column);
+    if constexpr (Rows > 1) product_rows<T, Rows - 1, Vectors>(p, rows, row, column);
+}
+
+/// Tiles of even height, as the latency of a low one is hidden behind too few sums.
 template <class T, int Vectors>
 inline void product_columns(const Product<T>& p, std::size_t column) {
-    std::size_t row = 0;
-    for (; row + 6 <= p.rows; row += 6) product_tile<T, 6, Vectors>(p, row, column);
-    switch (p.rows - row) {
-        case 5:
-            return product_tile<T, 5, Vectors>(p, row, column);
-        case 4:
-            return product_tile<T, 4, Vectors>(p, row, column);
-        case 3:
-            return product_tile<T, 3, Vectors>(p, row, column);
-        case 2:
-            return product_tile<T, 2, Vectors>(p, row, column);
-        case 1:
-            return product_tile<T, 1, Vectors>(p, row, column);
-        default:
-            return;
+    constexpr std::size_t most = static_cast<std::size_t>(most_rows<Vectors>);
+    for (std::size_t row = 0, tiles = (p.rows + most - 1) / most; tiles > 0; --tiles) {
+        const std::size_t rows = (p.rows - row + tiles - 1) / tiles;
+        product_rows<T, most_rows<Vectors>, Vectors>(p, rows, row, column);
+        row += rows;
     }
 }
 
@@ -96,16 +108,17 @@ template <class T>
 inline void product_tail(const Product<T>& p, std::size_t column) {
     constexpr std::size_t lanes = static_cast<std::size_t>(native_lanes<T>);
     constexpr std::size_t chunk = 64;
+    constexpr std::size_t most = static_cast<std::size_t>(most_rows<1>);
     using V = Vector<T, native_lanes<T>>;
     const std::size_t count = p.columns - column;
     T b[chunk * lanes];
-    T c[6 * lanes];
+    T c[most * lanes];
     for (std::size_t k = 0; k < p.depth; k += chunk) {
         const std::size_t depth = p.depth - k < chunk ? p.depth - k : chunk;
         for (std::size_t at = 0; at < depth; ++at)
             store(b + at * lanes, load_part<V>(p.b + static_cast<std::ptrdiff_t>(k + at) * p.b_stride + column, count));
-        for (std::size_t row = 0; row < p.rows; row += 6) {
-            const std::size_t rows = p.rows - row < 6 ? p.rows - row : 6;
+        for (std::size_t row = 0; row < p.rows; row += most) {
+            const std::size_t rows = p.rows - row < most ? p.rows - row : most;
             T* target = p.c + static_cast<std::ptrdiff_t>(row) * p.c_stride + column;
             for (std::size_t r = 0; r < rows; ++r)
                 store(c + r * lanes, load_part<V>(target + static_cast<std::ptrdiff_t>(r) * p.c_stride, count));
@@ -129,6 +142,8 @@ inline void product(const Product<T>& p) {
         for (; column + 8 * lanes <= p.columns; column += 8 * lanes) product_tile<T, 1, 8>(p, 0, column);
     }
     for (; column + block * lanes <= p.columns; column += block * lanes) product_columns<T, block>(p, column);
+    if constexpr (block > 2)
+        for (; column + 2 * lanes <= p.columns; column += 2 * lanes) product_columns<T, 2>(p, column);
     for (; column + lanes <= p.columns; column += lanes) product_columns<T, 1>(p, column);
     if (column < p.columns) product_tail(p, column);
 }

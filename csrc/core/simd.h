@@ -88,6 +88,30 @@ inline To bit_cast(From from) {
     return to;
 }
 
+/// A vector as two of half its width. Where the instruction set has moves between them they are given below: through
+/// memory the wider load would wait for both stores.
+template <class T, int Lanes>
+struct Halves {
+    using V = Vector<T, Lanes>;
+    using Half = Vector<T, Lanes / 2>;
+    static V join(Half low, Half high) {
+        const Half parts[2] = {low, high};
+        V joined;
+        __builtin_memcpy(&joined, parts, sizeof(joined));
+        return joined;
+    }
+    static Half low(V value) {
+        Half part;
+        __builtin_memcpy(&part, &value, sizeof(part));
+        return part;
+    }
+    static Half high(V value) {
+        Half parts[2];
+        __builtin_memcpy(parts, &value, sizeof(parts));
+        return parts[1];
+    }
+};
+
 /// The larger of each pair of lanes; b where either is NaN.
 template <class V>
 inline V maximum(V a, V b) {
@@ -104,7 +128,41 @@ inline V fma(V a, V b, V c) {
 
 #if !defined(CELLSTEP_STRICT)
 #if defined(__FMA__)
+template <>
+struct Halves<float, 8> {
+    using V = Vector<float, 8>;
+    using Half = Vector<float, 4>;
+    static V join(Half low, Half high) { return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1); }
+    static Half low(V value) { return _mm256_castps256_ps128(value); }
+    static Half high(V value) { return _mm256_extractf128_ps(value, 1); }
+};
+template <>
+struct Halves<double, 4> {
+    using V = Vector<double, 4>;
+    using Half = Vector<double, 2>;
+    static V join(Half low, Half high) { return _mm256_insertf128_pd(_mm256_castpd128_pd256(low), high, 1); }
+    static Half low(V value) { return _mm256_castpd256_pd128(value); }
+    static Half high(V value) { return _mm256_extractf128_pd(value, 1); }
+};
 #if defined(__AVX512F__)
+template <>
+struct Halves<float, 16> {
+    using V = Vector<float, 16>;
+    using Half = Vector<float, 8>;
+    static V join(Half low, Half high) {
+        return _mm512_maskz_insertf32x8(0xffff, _mm512_castps256_ps512(low), high, 1);
+    }
+    static Half low(V value) { return _mm512_maskz_extractf32x8_ps(255, value, 0); }
+    static Half high(V value) { return _mm512_maskz_extractf32x8_ps(255, value, 1); }
+};
+template <>
+struct Halves<double, 8> {
+    using V = Vector<double, 8>;
+    using Half = Vector<double, 4>;
+    static V join(Half low, Half high) { return _mm512_maskz_insertf64x4(0xff, _mm512_castpd256_pd512(low), high, 1); }
+    static Half low(V value) { return _mm512_maskz_extractf64x4_pd(15, value, 0); }
+    static Half high(V value) { return _mm512_maskz_extractf64x4_pd(15, value, 1); }
+};
 template <>
 inline Vector<float, 16> fma(Vector<float, 16> a, Vector<float, 16> b, Vector<float, 16> c) {
     return _mm512_fmadd_ps(a, b, c);

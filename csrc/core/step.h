@@ -32,25 +32,34 @@ inline RowState<T> row_state(const Step<T>& s, std::size_t row) {
             s.gates ? s.gates + row * gate_count * s.hidden_size : nullptr};
 }
 
-/// Moves Lanes units from `unit` on. Gates come as fractions, so that i g and o tanh(c) take one division each.
+/// Gates of some units as fractions, so that i g and o tanh(c) take one division each.
 template <class T, int Lanes>
-CELLSTEP_INLINE void move_units(const RowState<T>& row, std::size_t unit, Fraction<Vector<T, Lanes>> i,
-                                Fraction<Vector<T, Lanes>> f, Fraction<Vector<T, Lanes>> g,
-                                Fraction<Vector<T, Lanes>> o) {
+struct Gates {
+    using V = Vector<T, Lanes>;
+    Fraction<V> gate[gate_count];
+
+    /// c in, h out; c is the new one afterwards.
+    CELLSTEP_INLINE V move(V* c) const {
+        const Fraction<V>&i = gate[0], &f = gate[1], &g = gate[2], &o = gate[3];
+        *c = fma(f.over / f.under, *c, (i.over * g.over) / (i.under * g.under));
+        const Fraction<V> squashed = tanh_fraction<T, Lanes>(*c);
+        return (o.over * squashed.over) / (o.under * squashed.under);
+    }
+    CELLSTEP_INLINE V value(std::size_t at) const { return gate[at].over / gate[at].under; }
+};
+
+/// Moves Lanes units from `unit` on.
+template <class T, int Lanes>
+CELLSTEP_INLINE void move_units(const RowState<T>& row, std::size_t unit, const Gates<T, Lanes>& gates) {
     using V = Vector<T, Lanes>;
     const std::size_t count = row.units - unit;
-    const V keep = f.over / f.under;
-    const V fresh = (i.over * g.over) / (i.under * g.under);
-    const V c = fma(keep, load_part<V>(row.c + unit, count), fresh);
-    const Fraction<V> squashed = tanh_fraction<T, Lanes>(c);
+    V c = load_part<V>(row.c + unit, count);
+    const V h = gates.move(&c);
     store_part(row.c_next + unit, c, count);
-    store_part(row.h_next + unit, (o.over * squashed.over) / (o.under * squashed.under), count);
-    if (row.gates) {
-        store_part(row.gates + unit, i.over / i.under, count);
-        store_part(row.gates + row.units + unit, keep, count);
-        store_part(row.gates + 2 * row.units + unit, g.over / g.under, count);
-        store_part(row.gates + 3 * row.units + unit, o.over / o.under, count);
-    }
+    store_part(row.h_next + unit, h, count);
+    if (!row.gates) return;
+    for (std::size_t at = 0; at < gate_count; ++at)
+        store_part(row.gates + at * row.units + unit, gates.value(at), count);
 }
 
 /// Activates a panel of Width units whose sums lie in registers, gates i, f, g, o one after the other.
@@ -64,26 +73,27 @@ CELLSTEP_INLINE void move_panel(const RowState<T>& row, std::size_t unit,
             const std::size_t first = unit + static_cast<std::size_t>(part * lanes);
             if (part > 0 && first >= row.units) break;
             move_units<T, lanes>(
-                row, first, sigmoid_fraction<T, lanes>(sum[part]), sigmoid_fraction<T, lanes>(sum[parts + part]),
-                tanh_fraction<T, lanes>(sum[2 * parts + part]), sigmoid_fraction<T, lanes>(sum[3 * parts + part]));
+                row, first,
+                {{sigmoid_fraction<T, lanes>(sum[part]), sigmoid_fraction<T, lanes>(sum[parts + part]),
+                  tanh_fraction<T, lanes>(sum[2 * parts + part]), sigmoid_fraction<T, lanes>(sum[3 * parts + part])}});
         }
     } else {
         // Several gates share a register: one sigmoid serves them all, and the lanes of g take a tanh of their own.
         constexpr int shared = lanes / Width;
         using Part = Vector<T, Width>;
-        Fraction<Part> gate[gate_count];
+        Gates<T, Width> gates;
         for (int v = 0; v < Vectors; ++v) {
             const Fraction<Vector<T, lanes>> all = sigmoid_fraction<T, lanes>(sum[v]);
             Part over[shared];
             Part under[shared];
             __builtin_memcpy(over, &all.over, sizeof(over));
             __builtin_memcpy(under, &all.under, sizeof(under));
-            for (int at = 0; at < shared; ++at) gate[v * shared + at] = {over[at], under[at]};
+            for (int at = 0; at < shared; ++at) gates.gate[v * shared + at] = {over[at], under[at]};
         }
         Part candidates[shared];
         __builtin_memcpy(candidates, &sum[2 / shared], sizeof(candidates));
-        gate[2] = tanh_fraction<T, Width>(candidates[2 % shared]);
-        move_units<T, Width>(row, unit, gate[0], gate[1], gate[2], gate[3]);
+        gates.gate[2] = tanh_fraction<T, Width>(candidates[2 % shared]);
+        move_units<T, Width>(row, unit, gates);
     }
 }
 
@@ -222,11 +232,66 @@ inline void row_groups(const Step<T>& s, const Finish& finish) {
     if (!s.backwards) end();
 }
 
+/// Several parts of Width values as one vector; read(index) gives a part.
+template <class T, int Width, int Parts, class Read>
+CELLSTEP_INLINE Vector<T, Width * Parts> collect(std::size_t first, const Read& read) {
+    if constexpr (Parts == 1)
+        return read(first);
+    else
+        return Halves<T, Width * Parts>::join(collect<T, Width, Parts / 2>(first, read),
+                                              collect<T, Width, Parts / 2>(first + Parts / 2, read));
+}
+
+/// The way back: write(index, part) takes a part.
+template <class T, int Width, int Parts, class Write>
+CELLSTEP_INLINE void spread(Vector<T, Width * Parts> value, std::size_t first, const Write& write) {
+    if constexpr (Parts == 1) {
+        write(first, value);
+    } else {
+        spread<T, Width, Parts / 2>(Halves<T, Width * Parts>::low(value), first, write);
+        spread<T, Width, Parts / 2>(Halves<T, Width * Parts>::high(value), first + Parts / 2, write);
+    }
+}
+
+/// As many rows of a narrow panel as a vector has room for, each part of it a row.
+template <class T, int Width, int Rows>
+CELLSTEP_INLINE void move_rows_at_once(const Step<T>& s, std::size_t first, std::size_t unit, const T* sums) {
+    using Part = Vector<T, Width>;
+    constexpr int lanes = Rows * Width;
+    using V = Vector<T, lanes>;
+    const std::size_t units = s.hidden_size;
+    const std::size_t count = units - unit;
+    const auto gate = [&](std::size_t at) {
+        return collect<T, Width, Rows>(0,
+                                       [&](std::size_t r) { return load<Part>(sums + (gate_count * r + at) * Width); });
+    };
+    const Gates<T, lanes> gates{{sigmoid_fraction<T, lanes>(gate(0)), sigmoid_fraction<T, lanes>(gate(1)),
+                                 tanh_fraction<T, lanes>(gate(2)), sigmoid_fraction<T, lanes>(gate(3))}};
+    V c = collect<T, Width, Rows>(first,
+                                  [&](std::size_t row) { return load_part<Part>(s.c + row * units + unit, count); });
+    const V h = gates.move(&c);
+    spread<T, Width, Rows>(c, first,
+                           [&](std::size_t row, Part part) { store_part(s.c_next + row * units + unit, part, count); });
+    spread<T, Width, Rows>(h, first, [&](std::size_t row, Part part) {
+        store_part(s.h_next + static_cast<std::ptrdiff_t>(row) * s.h_next_stride + unit, part, count);
+    });
+    if (!s.gates) return;
+    for (std::size_t at = 0; at < gate_count; ++at)
+        spread<T, Width, Rows>(gates.value(at), first, [&](std::size_t row, Part part) {
+            store_part(s.gates + (gate_count * row + at) * units + unit, part, count);
+        });
+}
+
 template <class T, int Width>
 inline void move_rows(const Step<T>& s, std::size_t unit, const T* sums) {
     constexpr int vectors = RowSums<T, Width, 1>::vectors;
+    constexpr int at_once = native_lanes<T> / Width;
     using V = Vector<T, native_lanes<T>>;
-    for (std::size_t row = 0; row < s.rows; ++row, sums += gate_count * Width) {
+    std::size_t row = 0;
+    if constexpr (at_once > 1)
+        for (; row + at_once <= s.rows; row += at_once, sums += at_once * gate_count * Width)
+            move_rows_at_once<T, Width, at_once>(s, row, unit, sums);
+    for (; row < s.rows; ++row, sums += gate_count * Width) {
         V sum[vectors];
         for (int v = 0; v < vectors; ++v) sum[v] = load<V>(sums + v * native_lanes<T>);
         move_panel<T, Width, vectors>(row_state(s, row), unit, sum);

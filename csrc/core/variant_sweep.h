@@ -61,7 +61,7 @@ inline void softmax(std::size_t width, T* values) {
     const V floor = broadcast<V>(ExpConstants<T>::vanishes);
     for (std::size_t at = 0; at < width; at += static_cast<std::size_t>(lanes)) {
         const V x = maximum(floor, load_part<V>(values + at, width - at) - broadcast<V>(largest));
-        const SplitExp<V> split = split_exp<T, lanes>(x);
+        const SplitExp<V> split = split_exp<T, lanes, true>(x);
         store_part(values + at, fma(split.scale, split.expm1, split.scale), width - at);
     }
     T sum = T(0);
