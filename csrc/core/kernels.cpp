@@ -2,6 +2,7 @@
 #include "core/kernels.h"
 
 #include "core/activations.h"
+#include "core/dense.h"
 #include "core/digest.h"
 #include "core/pack.h"
 #include "core/product.h"
@@ -46,11 +47,11 @@ inline void step_backward(const StepBackward<T>& s) {
 }
 
 extern const Kernels<float> kernels_float = {
-    product<float>,       widen_weights<float>,    step<float>, step_backward<float>,
-    variant_sweep<float>, apply_activation<float>, digest};
+    product<float>, widen_weights<float>,    step<float>, step_backward<float>, variant_sweep<float>,
+    dense<float>,   apply_activation<float>, digest};
 extern const Kernels<double> kernels_double = {
-    product<double>,       widen_weights<double>,    step<double>, step_backward<double>,
-    variant_sweep<double>, apply_activation<double>, digest};
+    product<double>, widen_weights<double>,    step<double>, step_backward<double>, variant_sweep<double>,
+    dense<double>,   apply_activation<double>, digest};
 
 }  // namespace CELLSTEP_ISA
 }  // namespace core
