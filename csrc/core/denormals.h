@@ -15,13 +15,17 @@ class FlushDenormals {
 public:
 #if defined(__SSE2__)
     FlushDenormals() : before_(_mm_getcsr()) {
-        constexpr unsigned flush_to_zero = 0x8000;
-        constexpr unsigned denormals_are_zero = 0x0040;
-        _mm_setcsr(before_ | flush_to_zero | denormals_are_zero);
+        if (!already()) _mm_setcsr(before_ | both);
     }
-    ~FlushDenormals() { _mm_setcsr(before_); }
+    ~FlushDenormals() {
+        if (!already()) _mm_setcsr(before_);
+    }
 
 private:
+    /// Writing the register costs ten times as much as reading it.
+    bool already() const { return (before_ & both) == both; }
+
+    static constexpr unsigned both = 0x8000 | 0x0040;  // flush results to zero, take operands for zero
     unsigned before_;
 #elif defined(__aarch64__)
     FlushDenormals() {

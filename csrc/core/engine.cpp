@@ -99,36 +99,25 @@ struct StateRows {
     std::size_t stride;
 };
 
-/// Walks through the states of all layers and directions in order.
-class StatePlaces {
-public:
-    StatePlaces(const Image& image, std::size_t batch) : header_(image.header()), batch_(batch) {}
+/// Place of a layer and direction among all states: its number, and the values of those before it.
+struct StatePlace {
+    std::size_t row = 0;
+    std::size_t h_at = 0;
+    std::size_t c_at = 0;
 
     template <class T>
-    StateRows<T> h(T* state) const {
-        return rows(state, header_.h_size, h_at_);
+    StateRows<T> h(const ImageHeader& header, T* state, std::size_t batch) const {
+        return {header.state_layers > 1 ? state + row * batch * header.h_size : state + h_at, header.h_size};
     }
     template <class T>
-    StateRows<T> c(T* state) const {
-        return rows(state, header_.c_size, c_at_);
+    StateRows<T> c(const ImageHeader& header, T* state, std::size_t batch) const {
+        return {header.state_layers > 1 ? state + row * batch * header.c_size : state + c_at, header.c_size};
     }
     void next(std::size_t h_size, std::size_t c_size) {
-        ++row_;
-        h_at_ += h_size;
-        c_at_ += c_size;
+        ++row;
+        h_at += h_size;
+        c_at += c_size;
     }
-
-private:
-    template <class T>
-    StateRows<T> rows(T* state, std::size_t size, std::size_t at) const {
-        return {header_.state_layers > 1 ? state + row_ * batch_ * size : state + at, size};
-    }
-
-    const ImageHeader& header_;
-    std::size_t batch_;
-    std::size_t row_ = 0;
-    std::size_t h_at_ = 0;
-    std::size_t c_at_ = 0;
 };
 
 template <class T>
@@ -143,35 +132,117 @@ void fill(const T* values, std::size_t count, T* target) {
     for (std::size_t at = 0; at < count; ++at) target[at] = values ? values[at] : T(0);
 }
 
-/// Widest row between two records.
-std::size_t widest_row(const Image& image) {
-    std::size_t widest = image.header().input_size;
-    for (const ImageRecord& record : image) {
-        const bool lstm = kind_of(record) == RecordKind::lstm;
-        if (!lstm && kind_of(record) != RecordKind::dense) continue;
-        const std::size_t parts = record.flags & LayerFlags::cells ? 4 : 2;
-        const std::size_t size = lstm ? parts * record.sizes[1] : record.sizes[1];
-        widest = size > widest ? size : widest;
-    }
-    return widest;
+/// Rows (steps times batch) of a chunk where the batch alone is too small for the matrix product.
+constexpr std::size_t chunk_rows = 64;
+/// Values that a layer may give in a chunk and still find in cache when the next one reads them.
+constexpr std::size_t chunk_values = 1u << 16;
+/// Steps from which on a longer chunk saves nothing.
+constexpr std::size_t longest_chunk = 64;
+
+/// Multiply-adds that are worth waking another thread for, some 20 us of work.
+constexpr std::size_t worth_a_thread = 1u << 20;
+/// Multiply-adds that take as long as what a step of a layer does beside them.
+constexpr std::size_t beside_a_step = 2000;
+/// Weights of a layer that every thread can keep in a cache of its own.
+constexpr std::size_t cached_weights = 1u << 18;
+
+/// Values in a cache line, to which memory is rounded up.
+template <class T>
+constexpr std::size_t whole_lines(std::size_t values) {
+    constexpr std::size_t line = 64 / sizeof(T);
+    return (values + line - 1) / line * line;
 }
 
-/// hidden_size of the largest layer, and of the largest that gives its c.
-struct UnitCounts {
-    std::size_t all;
-    std::size_t with_cells;
+/// How calls are cut up, and the memory that they want: the rows of the batch in shares, or the layers as a wavefront,
+/// or neither, in which case a layer may share its steps and the directions run side by side.
+template <class T>
+struct Layout {
+    std::size_t layers = 0;
+    bool bidirectional = false;
+    std::size_t row_shares = 1;
+    std::size_t rows;      ///< of a share
+    std::size_t chunk;     ///< steps that pass through all layers before the next ones begin
+    std::size_t wave = 0;  ///< least steps that a chunk must have in a wavefront, in which a layer works on a chunk
+                           ///< while the one behind it works on the chunk before; 0: there is none
+
+    std::size_t between;    ///< values of one buffer for the rows between records
+    std::size_t state;      ///< of h and c of a layer and direction
+    std::size_t direction;  ///< of all that a direction wants
+    std::size_t cells;      ///< of c of every step of a layer and direction that gives it
+    std::size_t workspace;  ///< of what a layer wants while it runs
+    std::size_t share;      ///< of what a share of the rows wants
+
+    /// For calls of `batch` rows and at most `steps` steps.
+    Layout(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
+        std::size_t widest = image.header().input_size;
+        std::size_t units = 0;             // of the largest layer
+        std::size_t units_with_cells = 0;  // of the largest that gives its c
+        std::size_t most = 0;              // multiply-adds of the largest layer in one step of one row
+        std::size_t least = 0;             // and of the smallest
+        const auto larger = [](std::size_t a, std::size_t b) { return a > b ? a : b; };
+        for (const ImageRecord& record : image) {
+            const std::size_t size = record.sizes[1];
+            if (kind_of(record) == RecordKind::dense) widest = larger(widest, size);
+            if (kind_of(record) != RecordKind::lstm) continue;
+            const bool gives_cells = record.flags & LayerFlags::cells;
+            widest = larger(widest, (gives_cells ? 4 : 2) * size);
+            units = larger(units, size);
+            if (gives_cells) units_with_cells = larger(units_with_cells, size);
+            const std::size_t count =
+                gate_count * size * (record.sizes[0] + (record.sizes[2] ? record.sizes[2] : size));
+            most = larger(most, count);
+            least = layers == 0 || count < least ? count : least;
+            bidirectional = bidirectional || (record.flags & LayerFlags::bidirectional);
+            ++layers;
+        }
+        const std::size_t kept = chunk_values / (batch * widest);
+        chunk = batch < chunk_rows ? chunk_rows / batch : 1;
+        if (chunk < kept) chunk = kept < longest_chunk ? kept : longest_chunk;
+        if (bidirectional || steps < chunk) chunk = steps;
+        std::size_t longest = chunk;
+        if (parallel && parallel->threads > 1) {
+            const bool cached = most <= cached_weights;
+            if (batch >= 2 * parallel->threads && cached && most * batch * steps >= 2 * worth_a_thread) {
+                row_shares = parallel->threads;
+            } else if (!bidirectional && layers > 1 && cached) {
+                wave = worth_a_thread / ((least + beside_a_step) * batch) + 1;
+                longest = larger(chunk, wave);
+            }
+        }
+        const Parallel* of_layers = row_shares > 1 ? nullptr : parallel;
+        rows = (batch + row_shares - 1) / row_shares;
+        between = whole_lines<T>(longest * rows * widest);
+        state = whole_lines<T>(2 * rows * units);
+        cells = whole_lines<T>(longest * rows * units_with_cells);
+        direction = 0;
+        for (const ImageRecord& record : image) {
+            if (kind_of(record) != RecordKind::lstm) continue;
+            direction = larger(direction, layer_scratch(longest, rows, record.sizes[0], record.sizes[1], of_layers));
+            direction = larger(direction, variant_scratch(longest, rows, record.sizes[0], record.sizes[1]));
+        }
+        direction = state + cells + whole_lines<T>(direction);
+        workspace = 2 * between + (bidirectional ? 2 : 1) * direction;
+        share = (wave ? layers : 1) * (workspace + 2 * between);
+    }
+
+    /// Whether a call runs as a wavefront: it has at least four chunks, each worth a thread. With fewer the layers
+    /// would mostly wait for each other.
+    bool is_wave(std::size_t steps) const { return wave && steps / 4 >= wave; }
+    std::size_t chunk_of(std::size_t steps) const {
+        if (!is_wave(steps)) return chunk;
+        const std::size_t long_enough = chunk < wave ? wave : chunk;
+        return long_enough < steps / 4 ? long_enough : steps / 4;
+    }
 };
 
-UnitCounts largest_layers(const Image& image) {
-    UnitCounts counts{0, 0};
-    for (const ImageRecord& record : image) {
-        if (kind_of(record) != RecordKind::lstm) continue;
-        const std::size_t units = record.sizes[1];
-        if (units > counts.all) counts.all = units;
-        if ((record.flags & LayerFlags::cells) && units > counts.with_cells) counts.with_cells = units;
-    }
-    return counts;
-}
+/// An LSTM layer, the places of its state, and whether it is the first or the last.
+template <class T>
+struct Stage {
+    LstmLayer<T> layer;
+    StatePlace places[2];
+    bool first;
+    bool last;
+};
 
 /// Memory of one stage while it runs.
 template <class T>
@@ -180,19 +251,66 @@ struct Workspace {
     T* state;    ///< h and c of a layer and direction
     T* cells;    ///< c of every step of a layer and direction that gives it
     T* layer;    ///< what layer_forward and variant_forward want
+
+    Workspace(const Layout<T>& layout, T* memory, std::size_t place)
+        : rows{memory, memory + layout.between},
+          state(memory + 2 * layout.between + place * layout.direction),
+          cells(state + layout.state),
+          layer(cells + layout.cells) {}
 };
 
-/// One direction over one chunk: x (steps, batch, input_size) contiguous -> its columns of y (steps, batch, outputs).
+/// Whether rows of `width` values lie one behind the other, step by step.
+bool is_contiguous(std::ptrdiff_t step_stride, std::ptrdiff_t row_stride, std::size_t batch, std::size_t width) {
+    const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(width);
+    return step_stride == row * static_cast<std::ptrdiff_t>(batch) && (batch == 1 || row_stride == row);
+}
+
+/// Where the kernels may work on the rows of a state themselves.
 template <class T>
-void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<T>& run, std::size_t begin,
-                   std::size_t steps, const T* x, StateRows<T> h_rows, StateRows<T> c_rows, T* y,
+bool in_place(const StateRows<T>& rows, std::size_t batch, std::size_t width) {
+    return batch == 1 || rows.stride == width;
+}
+
+}  // namespace
+
+template <class T>
+struct Plan {
+    Image image;
+    Layout<T> layout;
+    const ImageRecord* encoder;  ///< the dense layers before the first LSTM layer, and the end of them
+    const ImageRecord* encoder_end;
+    const ImageRecord* head;  ///< the dense layers behind the last one
+    const ImageRecord* head_end;
+    const T* input_scaling;  ///< offsets, then scales, or null
+    const T* output_scaling;
+    const std::uint32_t* skip;  ///< columns of x, or null
+    Stage<T>* stages;
+    std::size_t prepared_sums[2];  ///< where the sums of a direction begin in what prepare_step gives
+    std::size_t prepared_size;
+};
+
+namespace {
+
+/// Input of a layer in one chunk: rows of x, and what prepare_step made of them, or null.
+template <class T>
+struct LayerInput {
+    SequenceView<T> x;
+    const T* prepared;
+};
+
+/// One direction over one chunk: x (steps, batch, input_size) -> its columns of y (steps, batch, outputs).
+template <class T>
+void run_direction(const Plan<T>& plan, const Stage<T>& stage, std::size_t place, const ModelRun<T>& run,
+                   const Parallel* parallel, std::size_t begin, std::size_t steps, const LayerInput<T>& input, T* y,
                    const Workspace<T>& workspace) {
+    const LstmLayer<T>& layer = stage.layer;
     const Direction<T>& direction = layer.directions[place];
-    const std::ptrdiff_t x_row = static_cast<std::ptrdiff_t>(layer.input_size);
+    const ImageHeader& header = plan.image.header();
+    const StateRows<T> h_rows = stage.places[place].h(header, run.h, run.state_batch);
+    const StateRows<T> c_rows = stage.places[place].c(header, run.c, run.state_batch);
     const std::ptrdiff_t y_row = static_cast<std::ptrdiff_t>(layer.output_size());
-    const std::ptrdiff_t batch = static_cast<std::ptrdiff_t>(run.batch);
-    std::ptrdiff_t x_step = x_row * batch;
-    std::ptrdiff_t y_step = y_row * batch;
+    std::ptrdiff_t y_step = y_row * static_cast<std::ptrdiff_t>(run.batch);
+    SequenceView<T> x = input.x;
     LayerMasks<T> masks;
     masks.reset = run.reset ? run.reset + static_cast<std::ptrdiff_t>(begin) * run.reset_step_stride : nullptr;
     masks.reset_step_stride = run.reset_step_stride;
@@ -200,22 +318,31 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
     masks.reset_first = place;
     masks.initial_h = direction.initial_h;
     masks.initial_c = direction.initial_c;
+    InputSums<T> sums;
+    if (input.prepared) {
+        sums.data = input.prepared + plan.prepared_sums[place];
+        sums.step_stride = static_cast<std::ptrdiff_t>(plan.prepared_size);
+    }
     y += place * layer.recurrent_size;
     if (place == 1) {
         const std::ptrdiff_t last = static_cast<std::ptrdiff_t>(steps) - 1;
-        x += last * x_step;
+        x.data += last * x.step_stride;
         y += last * y_step;
+        if (sums.data) sums.data += last * sums.step_stride;
         // A flag parts its step from the one before, so on the way back it counts for that one.
         if (masks.reset) masks.reset += (last + 1) * masks.reset_step_stride;
-        x_step = -x_step;
+        x.step_stride = -x.step_stride;
         y_step = -y_step;
+        sums.step_stride = -sums.step_stride;
         masks.reset_step_stride = -masks.reset_step_stride;
     }
-    T* h = workspace.state;
-    T* c = h + run.batch * layer.recurrent_size;
+    const bool own_h = !in_place(h_rows, run.batch, layer.recurrent_size);
+    const bool own_c = !in_place(c_rows, run.batch, layer.hidden_size);
+    T* h = own_h ? workspace.state : h_rows.data;
+    T* c = own_c ? workspace.state + run.batch * layer.recurrent_size : c_rows.data;
     T* cells = layer.cells ? workspace.cells : nullptr;
-    copy_rows<T>(run.batch, layer.recurrent_size, h_rows.data, h_rows.stride, h, layer.recurrent_size);
-    copy_rows<T>(run.batch, layer.hidden_size, c_rows.data, c_rows.stride, c, layer.hidden_size);
+    if (own_h) copy_rows<T>(run.batch, layer.recurrent_size, h_rows.data, h_rows.stride, h, layer.recurrent_size);
+    if (own_c) copy_rows<T>(run.batch, layer.hidden_size, c_rows.data, c_rows.stride, c, layer.hidden_size);
     if (direction.plain) {
         layer_forward<T>({steps,
                           run.batch,
@@ -223,17 +350,18 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
                           layer.hidden_size,
                           layer.weights,
                           direction.packed,
-                          {x, x_step, x_row, 1},
+                          x,
                           h,
                           c,
                           {y, y_step, y_row},
                           nullptr,
                           cells,
                           masks,
-                          run.parallel},
+                          parallel,
+                          sums},
                          workspace.layer);
         copy_rows<T>(run.batch, layer.hidden_size, y + static_cast<std::ptrdiff_t>(steps - 1) * y_step,
-                     static_cast<std::size_t>(y_row), h, layer.hidden_size);
+                     static_cast<std::size_t>(y_row), h_rows.data, h_rows.stride);
     } else {
         variant_forward<T>({steps,
                             run.batch,
@@ -242,14 +370,16 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
                             layer.recurrent_size,
                             layer.weights,
                             direction.packed,
-                            {x, x_step, x_row, 1},
+                            x,
                             h,
                             c,
                             {y, y_step, y_row},
                             cells,
                             direction.options,
-                            masks},
+                            masks,
+                            sums},
                            workspace.layer);
+        if (own_h) copy_rows<T>(run.batch, layer.recurrent_size, h, layer.recurrent_size, h_rows.data, h_rows.stride);
     }
     if (cells) {
         T* to = y - place * layer.recurrent_size + layer.h_columns() + place * layer.hidden_size;
@@ -257,47 +387,50 @@ void run_direction(const LstmLayer<T>& layer, std::size_t place, const ModelRun<
             copy_rows<T>(run.batch, layer.hidden_size, cells + step * run.batch * layer.hidden_size, layer.hidden_size,
                          to, layer.output_size());
     }
-    copy_rows<T>(run.batch, layer.recurrent_size, h, layer.recurrent_size, h_rows.data, h_rows.stride);
-    copy_rows<T>(run.batch, layer.hidden_size, c, layer.hidden_size, c_rows.data, c_rows.stride);
+    if (own_c) copy_rows<T>(run.batch, layer.hidden_size, c, layer.hidden_size, c_rows.data, c_rows.stride);
 }
 
 /// Adds the input of a residual layer to the h that it gave.
 template <class T>
-void add_rows(std::size_t rows, const LstmLayer<T>& layer, const T* x, T* y) {
-    for (std::size_t row = 0; row < rows; ++row, x += layer.input_size, y += layer.output_size())
-        for (std::size_t at = 0; at < layer.input_size; ++at) y[at] += x[at];
+void add_rows(std::size_t steps, std::size_t batch, const LstmLayer<T>& layer, const SequenceView<T>& x, T* y) {
+    for (std::size_t step = 0; step < steps; ++step) {
+        for (std::size_t row = 0; row < batch; ++row, y += layer.output_size()) {
+            const T* source = x.data + static_cast<std::ptrdiff_t>(step) * x.step_stride +
+                              static_cast<std::ptrdiff_t>(row) * x.row_stride;
+            for (std::size_t at = 0; at < layer.input_size; ++at) y[at] += source[at];
+        }
+    }
 }
 
-/// x of one chunk as contiguous, scaled rows.
+/// x as contiguous, scaled rows.
 template <class T>
-void scale_input(const Image& image, const ModelRun<T>& run, std::size_t begin, std::size_t steps, T* rows) {
-    const std::size_t inputs = image.header().input_size;
-    const ImageRecord* scaling = image.find(RecordKind::input_scaling);
-    const T* offset = scaling ? image.data<T>(*scaling) : nullptr;
+void scale_input(const Plan<T>& plan, const SequenceView<T>& x, std::size_t steps, std::size_t batch, T* rows) {
+    const std::size_t inputs = plan.image.header().input_size;
+    const T* offset = plan.input_scaling;
     for (std::size_t step = 0; step < steps; ++step) {
-        for (std::size_t row = 0; row < run.batch; ++row) {
-            const T* source = run.x.data + static_cast<std::ptrdiff_t>(begin + step) * run.x.step_stride +
-                              static_cast<std::ptrdiff_t>(row) * run.x.row_stride;
-            if (!offset && run.x.feature_stride == 1) {
+        for (std::size_t row = 0; row < batch; ++row) {
+            const T* source = x.data + static_cast<std::ptrdiff_t>(step) * x.step_stride +
+                              static_cast<std::ptrdiff_t>(row) * x.row_stride;
+            if (!offset && x.feature_stride == 1) {
                 std::memcpy(rows, source, inputs * sizeof(T));
                 rows += inputs;
                 continue;
             }
-            for (std::size_t k = 0; k < inputs; ++k, source += run.x.feature_stride)
+            for (std::size_t k = 0; k < inputs; ++k, source += x.feature_stride)
                 *rows++ = offset ? (*source - offset[k]) * offset[inputs + k] : *source;
         }
     }
 }
 
-/// The dense layers from `record` on, up to the first record of another kind: rows in, rows out.
+/// Dense layers: rows in, rows out, which lie in the first or the second of `buffers`; x may lie in the first.
 template <class T>
-const T* run_dense(const Image& image, const ImageRecord* record, std::size_t rows, const T* x,
-                   const Workspace<T>& workspace) {
-    int held = x == workspace.rows[0] ? 0 : 1;
-    for (; record != image.end() && kind_of(*record) == RecordKind::dense; ++record) {
+const T* run_dense(const Image& image, const ImageRecord* begin, const ImageRecord* end, std::size_t rows, const T* x,
+                   T* const (&buffers)[2]) {
+    int held = x == buffers[0] ? 0 : 1;
+    for (const ImageRecord* record = begin; record != end; ++record) {
         const std::size_t inputs = record->sizes[0];
         const std::size_t outputs = record->sizes[1];
-        T* target = workspace.rows[1 - held];
+        T* target = buffers[1 - held];
         dense_forward<T>(rows, inputs, outputs, image.data<T>(*record), x, static_cast<std::ptrdiff_t>(inputs), target,
                          static_cast<std::ptrdiff_t>(outputs));
         apply_activation<T>(activation_at(*record, 0), rows, outputs, target);
@@ -307,15 +440,30 @@ const T* run_dense(const Image& image, const ImageRecord* record, std::size_t ro
     return x;
 }
 
+/// What the first LSTM layer sees of x: as contiguous rows, if anything happens to it before or it does not lie so.
+template <class T>
+SequenceView<T> encoded(const Plan<T>& plan, const SequenceView<T>& x, std::size_t steps, std::size_t batch,
+                        T* const (&buffers)[2]) {
+    const std::size_t inputs = plan.image.header().input_size;
+    const bool encodes = plan.encoder != plan.encoder_end;
+    if (!plan.input_scaling && !encodes && x.feature_stride == 1 &&
+        is_contiguous(x.step_stride, x.row_stride, batch, inputs))
+        return x;
+    scale_input<T>(plan, x, steps, batch, buffers[0]);
+    const T* rows = run_dense<T>(plan.image, plan.encoder, plan.encoder_end, steps * batch, buffers[0], buffers);
+    const std::ptrdiff_t width = static_cast<std::ptrdiff_t>(plan.stages[0].layer.input_size);
+    return {rows, width * static_cast<std::ptrdiff_t>(batch), width, 1};
+}
+
 /// Writes the rows that the heads gave to y: scaled back, and with the skipped columns of x.
 template <class T>
-void write_answers(const Image& image, const ModelRun<T>& run, std::size_t first, std::size_t steps, const T* rows,
+void write_answers(const Plan<T>& plan, const ModelRun<T>& run, std::size_t first, std::size_t steps, const T* rows,
                    T* y) {
-    const std::size_t outputs = image.header().output_size;
-    const ImageRecord* scaling = image.find(RecordKind::output_scaling);
-    const T* offset = scaling ? image.data<T>(*scaling) : nullptr;
-    const ImageRecord* skip = image.find(RecordKind::skip);
-    const std::uint32_t* columns = skip ? image.data<std::uint32_t>(*skip) : nullptr;
+    const std::size_t outputs = plan.image.header().output_size;
+    const T* offset = plan.output_scaling;
+    const std::uint32_t* columns = plan.skip;
+    if (!offset && !columns && (is_contiguous(run.y.step_stride, run.y.row_stride, run.batch, outputs)))
+        return void(std::memcpy(y, rows, steps * run.batch * outputs * sizeof(T)));
     for (std::size_t step = 0; step < steps; ++step) {
         for (std::size_t row = 0; row < run.batch; ++row, rows += outputs) {
             T* target = y + static_cast<std::ptrdiff_t>(step) * run.y.step_stride +
@@ -335,140 +483,20 @@ void write_answers(const Image& image, const ModelRun<T>& run, std::size_t first
     }
 }
 
-/// An LSTM layer with what lies before the first one and behind the last.
-template <class T>
-struct Stage {
-    const ImageRecord* record;
-    LstmLayer<T> layer;
-    StateRows<T> h[2];
-    StateRows<T> c[2];
-    bool first;
-    bool last;
-};
-
-/// How a call is cut up: the rows of the batch into shares, or the layers into a wavefront, or neither, in which case
-/// a layer may share its steps and the directions run side by side.
-struct Schedule {
-    std::size_t row_shares;
-    std::size_t chunk;  ///< steps that pass through all layers before the next ones begin
-    bool wavefront;     ///< a layer works on a chunk while the one behind it works on the chunk before
-
-    /// Whether each layer runs on one thread.
-    bool alone() const { return row_shares > 1 || wavefront; }
-};
-
-/// Rows (steps times batch) of a chunk where the batch alone is too small for the matrix product.
-constexpr std::size_t chunk_rows = 64;
-/// Values that a layer may give in a chunk and still find in cache when the next one reads them.
-constexpr std::size_t chunk_values = 1u << 16;
-/// Steps from which on a longer chunk saves nothing.
-constexpr std::size_t longest_chunk = 64;
-
-/// Multiply-adds that are worth waking another thread for, some 20 us of work.
-constexpr std::size_t worth_a_thread = 1u << 20;
-/// Weights of a layer that every thread can keep in a cache of its own.
-constexpr std::size_t cached_weights = 1u << 18;
-
-Schedule make_schedule(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
-    const std::size_t kept = chunk_values / (batch * widest_row(image));
-    std::size_t chunk = batch < chunk_rows ? chunk_rows / batch : 1;
-    if (chunk < kept) chunk = kept < longest_chunk ? kept : longest_chunk;
-    Schedule schedule{1, is_bidirectional(image) || steps < chunk ? steps : chunk, false};
-    if (!parallel || parallel->threads < 2) return schedule;
-    std::size_t layers = 0;
-    std::size_t most = 0;   // multiply-adds of the largest layer in one step of one row
-    std::size_t least = 0;  // and of the smallest
-    for (const ImageRecord& record : image) {
-        if (kind_of(record) != RecordKind::lstm) continue;
-        const std::size_t inner = record.sizes[2] ? record.sizes[2] : record.sizes[1];
-        const std::size_t count = gate_count * record.sizes[1] * (record.sizes[0] + inner);
-        most = count > most ? count : most;
-        least = layers == 0 || count < least ? count : least;
-        ++layers;
-    }
-    if (batch >= 2 * parallel->threads && most <= cached_weights && most * batch * steps >= 2 * worth_a_thread) {
-        schedule.row_shares = parallel->threads;
-        return schedule;
-    }
-    if (is_bidirectional(image) || layers < 2 || most > cached_weights) return schedule;
-    // At least four chunks, each worth a thread: with fewer the layers would mostly wait for each other.
-    const std::size_t enough = worth_a_thread / (least * batch) + 1;
-    if (steps / 4 < enough) return schedule;
-    schedule.wavefront = true;
-    if (schedule.chunk < enough) schedule.chunk = enough;
-    if (schedule.chunk > steps / 4) schedule.chunk = steps / 4;
-    return schedule;
-}
-
-std::size_t lstm_count(const Image& image) {
-    std::size_t count = 0;
-    for (const ImageRecord& record : image) count += kind_of(record) == RecordKind::lstm;
-    return count;
-}
-
-/// Values of memory of one workspace, of the two for the directions of a layer, and of one buffer between layers.
-template <class T>
-struct Memory {
-    std::size_t rows;
-    std::size_t direction_state;
-    std::size_t direction_cells;
-    std::size_t direction_layer;
-
-    Memory(const Image& image, std::size_t chunk, std::size_t batch, const Parallel* parallel) {
-        const UnitCounts units = largest_layers(image);
-        rows = chunk * batch * widest_row(image);
-        direction_state = 2 * batch * units.all;
-        direction_cells = chunk * batch * units.with_cells;
-        direction_layer = 0;
-        for (const ImageRecord& record : image) {
-            if (kind_of(record) != RecordKind::lstm) continue;
-            const std::size_t plain = layer_scratch(chunk, batch, record.sizes[0], record.sizes[1], parallel);
-            const std::size_t options = variant_scratch(chunk, batch, record.sizes[0], record.sizes[1]);
-            const std::size_t needed = plain > options ? plain : options;
-            direction_layer = needed > direction_layer ? needed : direction_layer;
-        }
-    }
-    std::size_t direction() const { return direction_state + direction_cells + direction_layer; }
-    std::size_t workspace(bool bidirectional) const { return 2 * rows + (bidirectional ? 2 : 1) * direction(); }
-    Workspace<T> place(T* memory, std::size_t of_direction) const {
-        T* own = memory + 2 * rows + of_direction * direction();
-        return {{memory, memory + rows}, own, own + direction_state, own + direction_state + direction_cells};
-    }
-};
-
-template <class T>
-Stage<T> make_stage(const Image& image, const ModelRun<T>& run, std::size_t index) {
-    StatePlaces places(image, run.state_batch);
-    Stage<T> stage{};
-    for (const ImageRecord& record : image) {
-        if (kind_of(record) != RecordKind::lstm) continue;
-        stage.record = &record;
-        stage.layer = lstm_layer<T>(image, record);
-        for (std::size_t place = 0; place < stage.layer.direction_count; ++place) {
-            stage.h[place] = places.h(run.h);
-            stage.c[place] = places.c(run.c);
-            places.next(stage.layer.recurrent_size, stage.layer.hidden_size);
-        }
-        if (index-- == 0) break;
-    }
-    const ImageRecord* next = stage.record + 1;
-    stage.last = next == image.end() || kind_of(*next) != RecordKind::lstm;
-    stage.first = stage.record == image.begin() || kind_of(stage.record[-1]) != RecordKind::lstm;
-    return stage;
-}
-
 /// What the heads see of one chunk: the rows that are answered, from y or from the last state.
 template <class T>
-const T* answered_rows(const Stage<T>& stage, const ModelRun<T>& run, std::size_t steps, const T* y, T* rows) {
+const T* answered_rows(const Plan<T>& plan, const Stage<T>& stage, const ModelRun<T>& run, std::size_t steps,
+                       const T* y, T* rows) {
     const LstmLayer<T>& layer = stage.layer;
     const std::size_t width = layer.output_size();
     if (run.answers == Answers::every) return y;
     if (run.answers == Answers::last) return y + (steps - 1) * run.batch * width;
     for (std::size_t place = 0; place < layer.direction_count; ++place) {
-        copy_rows<T>(run.batch, layer.recurrent_size, stage.h[place].data, stage.h[place].stride,
-                     rows + place * layer.recurrent_size, width);
+        const StateRows<T> h = stage.places[place].h(plan.image.header(), run.h, run.state_batch);
+        const StateRows<T> c = stage.places[place].c(plan.image.header(), run.c, run.state_batch);
+        copy_rows<T>(run.batch, layer.recurrent_size, h.data, h.stride, rows + place * layer.recurrent_size, width);
         if (layer.cells)
-            copy_rows<T>(run.batch, layer.hidden_size, stage.c[place].data, stage.c[place].stride,
+            copy_rows<T>(run.batch, layer.hidden_size, c.data, c.stride,
                          rows + layer.h_columns() + place * layer.hidden_size, width);
     }
     return rows;
@@ -476,90 +504,86 @@ const T* answered_rows(const Stage<T>& stage, const ModelRun<T>& run, std::size_
 
 /// One stage over the steps from `begin` on: x, what the stage before it gave, to y.
 template <class T>
-void run_stage(const Image& image, const ModelRun<T>& run, const Stage<T>& stage, std::size_t begin, std::size_t steps,
-               const T* x, T* y, const Memory<T>& memory, T* work) {
+void run_stage(const Plan<T>& plan, const Stage<T>& stage, const ModelRun<T>& run, const Parallel* parallel,
+               std::size_t begin, std::size_t steps, const T* x, T* y, T* work) {
     const LstmLayer<T>& layer = stage.layer;
-    const Workspace<T> workspace = memory.place(work, 0);
-    if (stage.first) {
-        scale_input<T>(image, run, begin, steps, workspace.rows[0]);
-        const ImageRecord* encoder = stage.record;
-        while (encoder != image.begin() && kind_of(encoder[-1]) == RecordKind::dense) --encoder;
-        x = run_dense<T>(image, encoder, steps * run.batch, workspace.rows[0], workspace);
+    const Workspace<T> workspace(plan.layout, work, 0);
+    const std::ptrdiff_t width = static_cast<std::ptrdiff_t>(layer.input_size);
+    LayerInput<T> input{{x, width * static_cast<std::ptrdiff_t>(run.batch), width, 1}, nullptr};
+    if (stage.first && run.prepared) {
+        const std::ptrdiff_t prepared = static_cast<std::ptrdiff_t>(plan.prepared_size);
+        input.prepared = run.prepared + begin * plan.prepared_size;
+        input.x = {input.prepared, prepared, prepared, 1};
+    } else if (stage.first) {
+        SequenceView<T> view = run.x;
+        view.data += static_cast<std::ptrdiff_t>(begin) * view.step_stride;
+        input.x = encoded<T>(plan, view, steps, run.batch, workspace.rows);
     }
     // Each direction on a thread of its own shares no step of it.
-    ModelRun<T> alone = run;
     const bool side_by_side =
-        layer.direction_count == 2 && run.parallel &&
+        layer.direction_count == 2 && parallel &&
         gate_count * layer.hidden_size * (layer.input_size + layer.recurrent_size) * steps * run.batch >=
             worth_a_thread;
-    if (side_by_side) alone.parallel = nullptr;
-    for_each(side_by_side ? run.parallel : nullptr, layer.direction_count, [&](std::size_t place) {
+    for_each(side_by_side ? parallel : nullptr, layer.direction_count, [&](std::size_t place) {
         const FlushDenormals flush;
-        run_direction<T>(layer, place, alone, begin, steps, x, stage.h[place], stage.c[place], y,
-                         memory.place(work, place));
+        run_direction<T>(plan, stage, place, run, side_by_side ? nullptr : parallel, begin, steps, input, y,
+                         Workspace<T>(plan.layout, work, place));
     });
-    if (layer.residual) add_rows<T>(steps * run.batch, layer, x, y);
+    if (layer.residual) add_rows<T>(steps, run.batch, layer, input.x, y);
     const bool every = run.answers == Answers::every;
     if (!stage.last || (!every && begin + steps < run.steps)) return;
     const std::size_t answered = every ? steps : 1;
-    const T* rows = answered_rows<T>(stage, run, steps, y, workspace.rows[0]);
-    rows = run_dense<T>(image, stage.record + 1, answered * run.batch, rows, workspace);
-    write_answers<T>(image, run, every ? begin : run.steps - 1, answered, rows,
+    const T* rows = answered_rows<T>(plan, stage, run, steps, y, workspace.rows[0]);
+    rows = run_dense<T>(plan.image, plan.head, plan.head_end, answered * run.batch, rows, workspace.rows);
+    write_answers<T>(plan, run, every ? begin : run.steps - 1, answered, rows,
                      run.y.data + (every ? static_cast<std::ptrdiff_t>(begin) * run.y.step_stride : 0));
 }
 
 /// One share of the rows, chunk by chunk.
 template <class T>
-void run_rows(const Image& image, const ModelRun<T>& run, const Schedule& schedule, T* scratch) {
+void run_rows(const Plan<T>& plan, const ModelRun<T>& run, const Parallel* parallel, T* scratch) {
     const FlushDenormals flush;
-    const std::size_t layers = lstm_count(image);
-    const Memory<T> memory(image, schedule.chunk, run.batch, schedule.alone() ? nullptr : run.parallel);
-    const std::size_t work = memory.workspace(is_bidirectional(image));
-    const std::size_t chunks = (run.steps + schedule.chunk - 1) / schedule.chunk;
-    const auto visit = [&](std::size_t layer, std::size_t chunk, const T* x, T* y, T* space, const ModelRun<T>& as) {
-        const std::size_t begin = chunk * schedule.chunk;
+    const Layout<T>& layout = plan.layout;
+    const std::size_t layers = layout.layers;
+    const std::size_t chunk_steps = layout.chunk_of(run.steps);
+    const auto visit = [&](std::size_t layer, std::size_t begin, const T* x, T* y, T* work, const Parallel* threads) {
         const std::size_t left = run.steps - begin;
-        run_stage<T>(image, as, make_stage<T>(image, as, layer), begin, left < schedule.chunk ? left : schedule.chunk,
-                     x, y, memory, space);
+        run_stage<T>(plan, plan.stages[layer], run, threads, begin, left < chunk_steps ? left : chunk_steps, x, y,
+                     work);
     };
-    if (!schedule.wavefront) {
-        T* const between = scratch + work;
-        for (std::size_t chunk = 0; chunk < chunks; ++chunk)
+    if (!layout.is_wave(run.steps)) {
+        T* const between = scratch + layout.workspace;
+        for (std::size_t begin = 0; begin < run.steps; begin += chunk_steps)
             for (std::size_t layer = 0; layer < layers; ++layer)
-                visit(layer, chunk, between + (layer + 1) % 2 * memory.rows, between + layer % 2 * memory.rows, scratch,
-                      run);
+                visit(layer, begin, between + (layer + 1) % 2 * layout.between, between + layer % 2 * layout.between,
+                      scratch, parallel);
         return;
     }
     // At each turn layer l works on the chunk that layer l - 1 worked on at the turn before; each has two buffers for
     // what it gives, one of which the layer behind it is reading.
-    ModelRun<T> alone = run;
-    alone.parallel = nullptr;
-    T* const between = scratch + layers * work;
+    const std::size_t chunks = (run.steps + chunk_steps - 1) / chunk_steps;
+    T* const between = scratch + layers * layout.workspace;
     const auto buffer = [&](std::size_t layer, std::size_t chunk) {
-        return between + (2 * layer + chunk % 2) * memory.rows;
+        return between + (2 * layer + chunk % 2) * layout.between;
     };
     for (std::size_t turn = 0; turn < chunks + layers - 1; ++turn) {
         const std::size_t first = turn < chunks ? 0 : turn - chunks + 1;
         const std::size_t last = turn < layers ? turn : layers - 1;
-        for_each(run.parallel, last - first + 1, [&](std::size_t at) {
+        for_each(parallel, last - first + 1, [&](std::size_t at) {
             const FlushDenormals flush_here;
             const std::size_t layer = first + at;
             const std::size_t chunk = turn - layer;
-            visit(layer, chunk, layer > 0 ? buffer(layer - 1, chunk) : nullptr, buffer(layer, chunk),
-                  scratch + layer * work, alone);
+            visit(layer, chunk * chunk_steps, layer > 0 ? buffer(layer - 1, chunk) : nullptr, buffer(layer, chunk),
+                  scratch + layer * layout.workspace, nullptr);
         });
     }
 }
 
-/// Values of scratch memory of one share of the rows.
+/// Values that a plan takes at the begin of scratch memory of unknown alignment.
 template <class T>
-std::size_t rows_scratch(const Image& image, const Schedule& schedule, std::size_t batch, const Parallel* parallel) {
-    const Memory<T> memory(image, schedule.chunk, batch, schedule.alone() ? nullptr : parallel);
-    const std::size_t layers = schedule.wavefront ? lstm_count(image) : 1;
-    return layers * (memory.workspace(is_bidirectional(image)) + 2 * memory.rows);
+std::size_t plan_values(std::size_t layers) {
+    return whole_lines<T>((sizeof(Plan<T>) + layers * sizeof(Stage<T>)) / sizeof(T) + 1) + 64 / sizeof(T);
 }
-
-std::size_t rows_of_share(std::size_t batch, std::size_t shares) { return (batch + shares - 1) / shares; }
 
 }  // namespace
 
@@ -570,26 +594,127 @@ bool is_bidirectional(const Image& image) {
 }
 
 template <class T>
+std::size_t plan_bytes(const Image& image) {
+    std::size_t layers = 0;
+    for (const ImageRecord& record : image) layers += kind_of(record) == RecordKind::lstm;
+    return sizeof(Plan<T>) + layers * sizeof(Stage<T>);
+}
+
+template <class T>
+const Plan<T>* make_plan(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel,
+                         void* memory) {
+    static_assert(sizeof(Plan<T>) % alignof(Stage<T>) == 0, "the stages lie behind the plan");
+    Plan<T>* plan = static_cast<Plan<T>*>(memory);
+    Stage<T>* stages = reinterpret_cast<Stage<T>*>(plan + 1);
+    const auto scaling = [&image](RecordKind kind) {
+        const ImageRecord* record = image.find(kind);
+        return record ? image.data<T>(*record) : nullptr;
+    };
+    const ImageRecord* skip = image.find(RecordKind::skip);
+    *plan = {image,
+             Layout<T>(image, steps, batch, parallel),
+             nullptr,
+             nullptr,
+             nullptr,
+             nullptr,
+             scaling(RecordKind::input_scaling),
+             scaling(RecordKind::output_scaling),
+             skip ? image.data<std::uint32_t>(*skip) : nullptr,
+             stages,
+             {0, 0},
+             0};
+    StatePlace place;
+    std::size_t index = 0;
+    for (const ImageRecord* record = image.begin(); record != image.end(); ++record) {
+        if (kind_of(*record) == RecordKind::dense) {
+            const ImageRecord*& begin = index ? plan->head : plan->encoder;
+            (index ? plan->head_end : plan->encoder_end) = record + 1;
+            if (!begin) begin = record;
+        }
+        if (kind_of(*record) != RecordKind::lstm) continue;
+        Stage<T>& stage = stages[index];
+        stage = {lstm_layer<T>(image, *record), {}, index == 0, index + 1 == plan->layout.layers};
+        ++index;
+        for (std::size_t at = 0; at < stage.layer.direction_count; ++at) {
+            stage.places[at] = place;
+            place.next(stage.layer.recurrent_size, stage.layer.hidden_size);
+        }
+    }
+    const LstmLayer<T>& layer = stages[0].layer;
+    plan->prepared_size = whole_lines<T>(layer.input_size);
+    for (std::size_t at = 0; at < layer.direction_count; ++at) {
+        plan->prepared_sums[at] = plan->prepared_size;
+        plan->prepared_size += whole_lines<T>(gate_count * padded_size(layer.hidden_size));
+    }
+    return plan;
+}
+
+template <class T>
+std::size_t plan_scratch(const Plan<T>& plan) {
+    return plan.layout.row_shares * plan.layout.share;
+}
+
+template <class T>
+std::size_t prepared_size(const Plan<T>& plan) {
+    return plan.prepared_size;
+}
+
+template <class T>
+void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) {
+    const FlushDenormals flush;
+    const LstmLayer<T>& layer = plan.stages[0].layer;
+    const Workspace<T> workspace(plan.layout, scratch, 0);
+    const std::ptrdiff_t inputs = static_cast<std::ptrdiff_t>(plan.image.header().input_size);
+    const SequenceView<T> seen = encoded<T>(plan, {x, inputs, inputs, 1}, 1, 1, workspace.rows);
+    std::memcpy(prepared, seen.data, layer.input_size * sizeof(T));
+    for (std::size_t place = 0; place < layer.direction_count; ++place) {
+        const Direction<T>& direction = layer.directions[place];
+        project_row<T>(layer.weights, direction.packed, layer.input_size, layer.hidden_size, layer.recurrent_size,
+                       !direction.options.norm_ih, prepared, prepared + plan.prepared_sums[place], workspace.layer);
+    }
+}
+
+template <class T>
+void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) {
+    if (run.steps == 0 || run.batch == 0) return;
+    const Layout<T>& layout = plan.layout;
+    if (layout.row_shares == 1) return run_rows<T>(plan, run, run.parallel, scratch);
+    for_each(run.parallel, layout.row_shares, [&](std::size_t share) {
+        const std::size_t first = share * layout.rows;
+        if (first >= run.batch) return;
+        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(first);
+        ModelRun<T> part = run;
+        part.batch = run.batch - first < layout.rows ? run.batch - first : layout.rows;
+        part.x.data += at * run.x.row_stride;
+        part.y.data += at * run.y.row_stride;
+        part.h += first * plan.image.header().h_size;
+        part.c += first * plan.image.header().c_size;
+        if (part.reset) part.reset += at * run.reset_row_stride;
+        run_rows<T>(plan, part, nullptr, scratch + share * layout.share);
+    });
+}
+
+template <class T>
 std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
     if (steps == 0 || batch == 0) return 0;
-    const Schedule schedule = make_schedule(image, steps, batch, parallel);
-    return schedule.row_shares * rows_scratch<T>(image, schedule, rows_of_share(batch, schedule.row_shares), parallel);
+    const Layout<T> layout(image, steps, batch, parallel);
+    return plan_values<T>(layout.layers) + layout.row_shares * layout.share;
 }
 
 template <class T>
 void initial_state(const Image& image, std::size_t batch, T* h, T* c) {
-    StatePlaces places(image, batch);
+    StatePlace place;
     for (const ImageRecord& record : image) {
         if (kind_of(record) != RecordKind::lstm) continue;
         const LstmLayer<T> layer = lstm_layer<T>(image, record);
-        for (std::size_t place = 0; place < layer.direction_count; ++place) {
-            const StateRows<T> h_rows = places.h(h);
-            const StateRows<T> c_rows = places.c(c);
+        for (std::size_t at = 0; at < layer.direction_count; ++at) {
+            const StateRows<T> h_rows = place.h(image.header(), h, batch);
+            const StateRows<T> c_rows = place.c(image.header(), c, batch);
             for (std::size_t row = 0; row < batch; ++row) {
-                fill<T>(layer.directions[place].initial_h, layer.recurrent_size, h_rows.data + row * h_rows.stride);
-                fill<T>(layer.directions[place].initial_c, layer.hidden_size, c_rows.data + row * c_rows.stride);
+                fill<T>(layer.directions[at].initial_h, layer.recurrent_size, h_rows.data + row * h_rows.stride);
+                fill<T>(layer.directions[at].initial_c, layer.hidden_size, c_rows.data + row * c_rows.stride);
             }
-            places.next(layer.recurrent_size, layer.hidden_size);
+            place.next(layer.recurrent_size, layer.hidden_size);
         }
     }
 }
@@ -597,32 +722,25 @@ void initial_state(const Image& image, std::size_t batch, T* h, T* c) {
 template <class T>
 void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
     if (run.steps == 0 || run.batch == 0) return;
-    const Schedule schedule = make_schedule(image, run.steps, run.batch, run.parallel);
-    if (schedule.row_shares == 1) return run_rows<T>(image, run, schedule, scratch);
-    const std::size_t rows = rows_of_share(run.batch, schedule.row_shares);
-    const std::size_t memory = rows_scratch<T>(image, schedule, rows, run.parallel);
-    for_each(run.parallel, schedule.row_shares, [&](std::size_t share) {
-        const std::size_t first = share * rows;
-        if (first >= run.batch) return;
-        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(first);
-        ModelRun<T> part = run;
-        part.batch = run.batch - first < rows ? run.batch - first : rows;
-        part.x.data += at * run.x.row_stride;
-        part.y.data += at * run.y.row_stride;
-        part.h += first * image.header().h_size;
-        part.c += first * image.header().c_size;
-        if (part.reset) part.reset += at * run.reset_row_stride;
-        part.parallel = nullptr;
-        run_rows<T>(image, part, schedule, scratch + share * memory);
-    });
+    T* memory = scratch;
+    while (reinterpret_cast<std::uintptr_t>(memory) % 64) ++memory;
+    const Plan<T>* plan = make_plan<T>(image, run.steps, run.batch, run.parallel, memory);
+    run_model<T>(*plan, run, memory + plan_values<T>(plan->layout.layers) - 64 / sizeof(T));
 }
 
-template std::size_t model_scratch<float>(const Image&, std::size_t, std::size_t, const Parallel*);
-template std::size_t model_scratch<double>(const Image&, std::size_t, std::size_t, const Parallel*);
-template void initial_state<float>(const Image&, std::size_t, float*, float*);
-template void initial_state<double>(const Image&, std::size_t, double*, double*);
-template void run_model<float>(const Image&, const ModelRun<float>&, float*);
-template void run_model<double>(const Image&, const ModelRun<double>&, double*);
+#define CELLSTEP_INSTANTIATE(T)                                                                           \
+    template std::size_t plan_bytes<T>(const Image&);                                                     \
+    template const Plan<T>* make_plan<T>(const Image&, std::size_t, std::size_t, const Parallel*, void*); \
+    template std::size_t plan_scratch<T>(const Plan<T>&);                                                 \
+    template std::size_t prepared_size<T>(const Plan<T>&);                                                \
+    template void prepare_step<T>(const Plan<T>&, const T*, T*, T*);                                      \
+    template void run_model<T>(const Plan<T>&, const ModelRun<T>&, T*);                                   \
+    template std::size_t model_scratch<T>(const Image&, std::size_t, std::size_t, const Parallel*);       \
+    template void initial_state<T>(const Image&, std::size_t, T*, T*);                                    \
+    template void run_model<T>(const Image&, const ModelRun<T>&, T*);
+CELLSTEP_INSTANTIATE(float)
+CELLSTEP_INSTANTIATE(double)
+#undef CELLSTEP_INSTANTIATE
 
 }  // namespace core
 }  // namespace cellstep

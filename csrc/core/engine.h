@@ -21,25 +21,58 @@ struct ModelRun {
         reset;  ///< null, or (steps, batch) through its strides: rows to put to the initial state first
     std::ptrdiff_t reset_step_stride;
     std::ptrdiff_t reset_row_stride;
-    const Parallel* parallel;  ///< null: this thread alone
+    const Parallel* parallel;     ///< null: this thread alone
+    const T* prepared = nullptr;  ///< null, or (steps, prepared_size): what prepare_step gave for each step of the one
+                                  ///< row of the batch; of x only the skipped columns are read then
 };
 
 /// Whether a layer runs backwards in time as well, so that a sequence cannot be cut into calls.
 bool is_bidirectional(const Image& image);
 
-/// Values of scratch memory that run_model needs for a call of this size on these threads. A long call is cut into
-/// chunks that stay in cache, so this stops growing with `steps`, unless the model is bidirectional or shared by many
-/// threads.
+/// A model made ready to run, so that a call finds all sizes and places known.
 template <class T>
-std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel);
+struct Plan;
+
+/// Bytes of memory that a plan lies in.
+template <class T>
+std::size_t plan_bytes(const Image& image);
+
+/// Writes a plan to `memory`, plan_bytes of it, aligned to 64 bytes: for calls of at most `steps` steps, of `batch`
+/// rows, and on these threads or none. The image's dtype must be T. Where the model is not bidirectional, the number of
+/// steps decides about nothing but how they are shared by threads.
+template <class T>
+const Plan<T>* make_plan(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel,
+                         void* memory);
+
+/// Values of scratch memory that every call of a plan needs. A long call is cut into chunks that stay in cache, so this
+/// does not grow with the steps, unless the model is bidirectional.
+template <class T>
+std::size_t plan_scratch(const Plan<T>& plan);
+
+/// No bit of the result hangs on how a stream is cut into calls, on the batch or on the threads.
+template <class T>
+void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch);
+
+/// Values that prepare_step writes; a multiple of 64 bytes.
+template <class T>
+std::size_t prepared_size(const Plan<T>& plan);
+
+/// Writes what hangs on one step of x (input_size) alone: the step as the first LSTM layer sees it, and the input part
+/// of that layer's gate sums for each direction. Each gate sum is one chain over bias, inputs and hidden values, so a
+/// run that goes on from here ends in the same bits.
+template <class T>
+void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch);
 
 /// Writes the state of fresh streams, zero or learned: h (state_layers, batch, h_size), c (state_layers, batch,
 /// c_size).
 template <class T>
 void initial_state(const Image& image, std::size_t batch, T* h, T* c);
 
-/// The image's dtype must be T. No bit of the result hangs on how a stream is cut into calls, on the batch or on the
-/// threads.
+/// Values of scratch memory for the run_model below.
+template <class T>
+std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel);
+
+/// The same for a caller who keeps no plan.
 template <class T>
 void run_model(const Image& image, const ModelRun<T>& run, T* scratch);
 

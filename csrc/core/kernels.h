@@ -25,6 +25,19 @@ struct Product {
     std::ptrdiff_t c_stride;
 };
 
+/// y = x W^T + b, each element one chain of multiply-adds: the bias, then the inputs in order.
+template <class T>
+struct Dense {
+    std::size_t rows;
+    std::size_t inputs;
+    std::size_t outputs;
+    const T* packed;  ///< (1 + inputs, outputs): the bias, then the transposed weight
+    const T* x;       ///< (rows, inputs), row stride x_stride
+    std::ptrdiff_t x_stride;
+    T* y;  ///< (rows, outputs), row stride y_stride
+    std::ptrdiff_t y_stride;
+};
+
 /// One step of a plain layer for the units from first_unit to last_unit.
 template <class T>
 struct Step {
@@ -155,6 +168,7 @@ struct Kernels {
     void (*int8_step)(const Int8Step<T>&);
     void (*step_backward)(const StepBackward<T>&);
     void (*variant_sweep)(const VariantSweep<T>&);
+    void (*dense)(const Dense<T>&);
     /// Applies an activation to `rows` contiguous rows of `width` values in place.
     void (*activate)(Activation activation, std::size_t rows, std::size_t width, T* values);
     /// A number that changes when the bytes do; not the same on every instruction set.

@@ -75,6 +75,22 @@ void project(WeightType weights, const void* packed, std::size_t rows, std::size
     }
 }
 
+/// Saved sums of some steps, panel by panel as `project` gives them for all steps at once. A copy, as a step may
+/// overwrite its sums.
+template <class T>
+void gather_sums(const InputSums<T>& saved, std::size_t steps, std::size_t hidden_size, T* sums) {
+    std::size_t width = 0;
+    std::size_t at = 0;
+    for (std::size_t unit = 0; unit < hidden_size; unit += width) {
+        width = panel_width(hidden_size - unit);
+        const std::size_t columns = gate_count * width;
+        for (std::size_t step = 0; step < steps; ++step, sums += columns)
+            std::memcpy(sums, saved.data + static_cast<std::ptrdiff_t>(step) * saved.step_stride + at,
+                        columns * sizeof(T));
+        at += columns;
+    }
+}
+
 /// Rows of one chunk of steps: enough for the matrix product, few enough to stay in cache.
 constexpr std::size_t chunk_rows = 64;
 /// With fewer rows than this in a batch the input projection of a chunk is one product.
@@ -205,10 +221,14 @@ void layer_forward(const LayerForward<T>& layer, T* scratch) {
             x = gather(view, steps, layer.batch, layer.input_size, x_rows);
             x_stride = static_cast<std::ptrdiff_t>(layer.input_size);
         }
-        const bool projected = chunk > 1;
-        if (projected)
+        const bool projected = chunk > 1 || layer.sums.data;
+        if (layer.sums.data) {
+            const std::ptrdiff_t stride = layer.sums.step_stride;
+            gather_sums<T>({layer.sums.data + static_cast<std::ptrdiff_t>(begin) * stride, stride}, steps, units, sums);
+        } else if (projected) {
             project<T>(layer.weights, layer.packed, steps * layer.batch, layer.input_size, units, units, true, x,
                        x_stride, sums, step_memory);
+        }
         for (std::size_t step = 0; step < steps; ++step) {
             const std::size_t at = begin + step;
             s.x = x;
@@ -232,15 +252,26 @@ void layer_forward(const LayerForward<T>& layer, T* scratch) {
 }
 
 template <class T>
+void project_row(WeightType weights, const void* packed, std::size_t input_size, std::size_t hidden_size,
+                 std::size_t recurrent_size, bool bias, const T* x, T* sums, T* scratch) {
+    project<T>(weights, packed, 1, input_size, hidden_size, recurrent_size, bias, x,
+               static_cast<std::ptrdiff_t>(input_size), sums, scratch);
+}
+
+template <class T>
 void variant_forward(const VariantForward<T>& layer, T* scratch) {
     const FlushDenormals flush;
     const std::size_t rows = layer.steps * layer.batch;
     T* sums = scratch;
     T* x_rows = scratch + rows * gate_count * padded_size(layer.hidden_size);
-    const T* x = gather(layer.x, layer.steps, layer.batch, layer.input_size, x_rows);
     T* memory = x_rows + rows * layer.input_size;
-    project<T>(layer.weights, layer.packed, rows, layer.input_size, layer.hidden_size, layer.recurrent_size,
-               !layer.options.norm_ih, x, static_cast<std::ptrdiff_t>(layer.input_size), sums, memory);
+    if (layer.sums.data) {
+        gather_sums<T>(layer.sums, layer.steps, layer.hidden_size, sums);
+    } else {
+        const T* x = gather(layer.x, layer.steps, layer.batch, layer.input_size, x_rows);
+        project<T>(layer.weights, layer.packed, rows, layer.input_size, layer.hidden_size, layer.recurrent_size,
+                   !layer.options.norm_ih, x, static_cast<std::ptrdiff_t>(layer.input_size), sums, memory);
+    }
     kernels<T>().variant_sweep({layer.steps, layer.batch, layer.input_size, layer.hidden_size, layer.recurrent_size,
                                 layer.weights, layer.packed, sums, layer.h, layer.c, layer.y.data, layer.y.step_stride,
                                 layer.y.row_stride, layer.cells, memory, layer.options, layer.masks});
@@ -249,10 +280,7 @@ void variant_forward(const VariantForward<T>& layer, T* scratch) {
 template <class T>
 void dense_forward(std::size_t rows, std::size_t in_size, std::size_t out_size, const T* packed, const T* x,
                    std::ptrdiff_t x_stride, T* y, std::ptrdiff_t y_stride) {
-    for (std::size_t row = 0; row < rows; ++row)
-        std::memcpy(y + static_cast<std::ptrdiff_t>(row) * y_stride, packed, out_size * sizeof(T));
-    kernels<T>().product({rows, out_size, in_size, x, x_stride, 1, packed + out_size,
-                          static_cast<std::ptrdiff_t>(out_size), y, y_stride});
+    kernels<T>().dense({rows, in_size, out_size, packed, x, x_stride, y, y_stride});
 }
 
 template <class T>
@@ -270,6 +298,10 @@ void apply_activation(Activation activation, std::size_t rows, std::size_t width
 
 template void apply_activation<float>(Activation, std::size_t, std::size_t, float*);
 template void apply_activation<double>(Activation, std::size_t, std::size_t, double*);
+template void project_row<float>(WeightType, const void*, std::size_t, std::size_t, std::size_t, bool, const float*,
+                                 float*, float*);
+template void project_row<double>(WeightType, const void*, std::size_t, std::size_t, std::size_t, bool, const double*,
+                                  double*, double*);
 template void variant_forward<float>(const VariantForward<float>&, float*);
 template void variant_forward<double>(const VariantForward<double>&, double*);
 template void layer_forward<float>(const LayerForward<float>&, float*);

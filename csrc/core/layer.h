@@ -33,6 +33,14 @@ struct SequenceTarget {
     std::ptrdiff_t row_stride;
 };
 
+/// The input part of the gate sums of steps of one row, as project_row gives it: `step_stride` values from one to the
+/// next.
+template <class T>
+struct InputSums {
+    const T* data = nullptr;
+    std::ptrdiff_t step_stride = 0;
+};
+
 template <class T>
 struct LayerForward {
     std::size_t steps;
@@ -49,6 +57,7 @@ struct LayerForward {
     T* cells;             ///< null, or (steps, batch, hidden_size): c of every step
     LayerMasks<T> masks;  ///< of which a plain layer reads the flags to reset and the initial state
     const Parallel* parallel = nullptr;
+    InputSums<T> sums = {};  ///< unless null, x is not read
 };
 
 /// Values of scratch memory that layer_forward needs for a call of this size; does not grow with long sequences.
@@ -79,7 +88,14 @@ struct VariantForward {
     T* cells;             ///< null, or (steps, batch, hidden_size): c of every step
     LayerOptions<T> options;
     LayerMasks<T> masks;
+    InputSums<T> sums = {};  ///< unless null, x is not read
 };
+
+/// Writes the input part of one row's gate sums, 4 padded_size(hidden_size) values, begun with the bias or with zero,
+/// as a layer with norm_ih wants them. `scratch`: 64 input_size values.
+template <class T>
+void project_row(WeightType weights, const void* packed, std::size_t input_size, std::size_t hidden_size,
+                 std::size_t recurrent_size, bool bias, const T* x, T* sums, T* scratch);
 
 /// Values of scratch memory that variant_forward needs for a call of this size.
 std::size_t variant_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size);

@@ -15,7 +15,8 @@ using cellstep::core::Image;
 using cellstep::core::ImageHeader;
 using cellstep::core::ImageRecord;
 using cellstep::core::ImageStatus;
-using cellstep::core::ModelRun;
+using cellstep::core::Parallel;
+using cellstep::core::Plan;
 using cellstep::core::RecordKind;
 
 struct cellstep_model {
@@ -23,19 +24,50 @@ struct cellstep_model {
     void* owned;  // the copy of the bytes, or null if they are used in place
 };
 
+namespace {
+
+/// A window that moves by one step at a time.
+struct Slide {
+    std::size_t window = 0;  // 0: none
+    std::size_t seen = 0;    // steps so far, but no more than the window has
+    std::size_t next = 0;    // slot of the next step
+    float* slots = nullptr;  // (2 window, prepared_size): each step twice, a window apart, so that wherever the newest
+                             // lies the last `window` steps lie one behind the other
+    float* state = nullptr;  // h, then c
+};
+
+}  // namespace
+
 struct cellstep_session {
     const cellstep_model* model;
-    float* h;
-    float* c;
+    const Plan<float>* plan;
+    float* state;    // h, then c
+    float* initial;  // the same of a fresh stream
     float* scratch;
-    std::size_t
-        scratch_steps;  // as many steps as fit into scratch; calls are cut to them, but for bidirectional models
+    std::size_t most_steps;  // of one call of the engine, to which longer ones are cut
+    Parallel parallel;
+    Slide slide;
+
+    const Parallel* threads() const { return parallel.threads > 1 ? &parallel : nullptr; }
 };
 
 namespace {
 
-/// As many steps as one inner call of a session may take: its scratch memory is sized for them.
-constexpr std::size_t steps_per_call = 64;
+/// Packed weights and the memory of sessions begin at a cache line: elsewhere the kernels take half as long again.
+constexpr std::align_val_t line{64};
+
+void* allocate(std::size_t bytes) { return ::operator new(bytes ? bytes : 1, line, std::nothrow); }
+
+float* allocate_values(std::size_t count) { return static_cast<float*>(allocate(count * sizeof(float))); }
+
+void release(const void* memory) { ::operator delete(const_cast<void*>(memory), line); }
+
+/// Steps in a call of the engine: of a bidirectional model, which needs the whole sequence at once and memory for all
+/// of it, as many as it has seen, and at first few.
+constexpr std::size_t first_steps = 64;
+constexpr std::size_t any_steps = std::size_t{1} << 30;
+/// Steps of a window: as many as a deploy file may name.
+constexpr std::size_t longest_window = std::size_t{1} << 24;
 
 cellstep_status from(ImageStatus status) { return static_cast<cellstep_status>(status); }
 
@@ -59,21 +91,37 @@ cellstep_status adopt(const void* data, std::size_t size, void* owned, cellstep_
         *model = new (std::nothrow) cellstep_model{image, owned};
         if (!*model) status = CELLSTEP_ERROR_MEMORY;
     }
-    if (status != CELLSTEP_OK) std::free(owned);
+    if (status != CELLSTEP_OK) release(owned);
     return status;
 }
 
-/// A bidirectional model needs the whole sequence at once, and so scratch memory for all of it.
-bool reserve(cellstep_session* session, std::size_t steps) {
-    if (steps <= session->scratch_steps || !cellstep::core::is_bidirectional(session->model->image)) return true;
-    const std::size_t count = cellstep::core::model_scratch<float>(session->model->image, steps, 1, nullptr);
-    float* larger = static_cast<float*>(std::malloc(count * sizeof(float)));
-    if (!larger) return false;
-    std::free(session->scratch);
-    session->scratch = larger;
-    session->scratch_steps = steps;
+/// Makes a session ready for calls of so many steps on these threads; unchanged if there is no memory.
+bool prepare(cellstep_session* session, std::size_t steps, const Parallel& parallel) {
+    const Image& image = session->model->image;
+    void* memory = allocate(cellstep::core::plan_bytes<float>(image));
+    if (!memory) return false;
+    const Parallel* threads = parallel.threads > 1 ? &parallel : nullptr;
+    const Plan<float>* plan = cellstep::core::make_plan<float>(image, steps, 1, threads, memory);
+    float* scratch = allocate_values(cellstep::core::plan_scratch(*plan));
+    if (!scratch) {
+        release(memory);
+        return false;
+    }
+    release(session->plan);
+    release(session->scratch);
+    session->plan = plan;
+    session->scratch = scratch;
+    session->most_steps = steps;
+    session->parallel = parallel;
     return true;
 }
+
+bool reserve(cellstep_session* session, std::size_t steps) {
+    return steps <= session->most_steps || !cellstep::core::is_bidirectional(session->model->image) ||
+           prepare(session, steps, session->parallel);
+}
+
+std::size_t state_count(const cellstep_model* model) { return h_count(model) + c_count(model); }
 
 cellstep_status run(cellstep_session* session, const float* x, const unsigned char* reset, std::size_t steps, float* y,
                     Answers answers) {
@@ -82,17 +130,33 @@ cellstep_status run(cellstep_session* session, const float* x, const unsigned ch
     const std::ptrdiff_t inputs = static_cast<std::ptrdiff_t>(header.input_size);
     const std::ptrdiff_t outputs = static_cast<std::ptrdiff_t>(header.output_size);
     while (steps > 0) {
-        const std::size_t part = steps < session->scratch_steps ? steps : session->scratch_steps;
-        cellstep::core::run_model<float>(
-            session->model->image,
-            {part, 1, {x, inputs, 0, 1}, 1, session->h, session->c, {y, outputs, 0}, answers, reset, 1, 0, nullptr},
-            session->scratch);
+        const std::size_t part = steps < session->most_steps ? steps : session->most_steps;
+        cellstep::core::run_model<float>(*session->plan,
+                                         {part,
+                                          1,
+                                          {x, inputs, 0, 1},
+                                          1,
+                                          session->state,
+                                          session->state + h_count(session->model),
+                                          {y, outputs, 0},
+                                          answers,
+                                          reset,
+                                          1,
+                                          0,
+                                          session->threads()},
+                                         session->scratch);
         x += static_cast<std::ptrdiff_t>(part) * inputs;
         if (reset) reset += part;
         if (answers == Answers::every) y += static_cast<std::ptrdiff_t>(part) * outputs;
         steps -= part;
     }
     return CELLSTEP_OK;
+}
+
+/// What a model answers to a whole window.
+Answers window_answers(const cellstep_model* model) {
+    const bool hidden = model->image.header().answers == static_cast<std::uint32_t>(Answers::hidden);
+    return hidden ? Answers::hidden : Answers::last;
 }
 
 }  // namespace
@@ -118,6 +182,8 @@ const char* cellstep_status_text(cellstep_status status) {
             return cellstep::core::image_status_text(static_cast<ImageStatus>(status));
         case CELLSTEP_ERROR_SELFTEST:
             return "the test vector in the file gives other numbers here: report this machine and compiler";
+        case CELLSTEP_PENDING:
+            return "no answer yet, as the window is not full: give the steps that follow";
     }
     return "unknown status: the caller and the library are of different versions";
 }
@@ -139,11 +205,13 @@ cellstep_status cellstep_model_load_file(const char* path, cellstep_model** mode
     for (;;) {
         if (size == capacity) {
             capacity = capacity ? 2 * capacity : 1 << 16;
-            unsigned char* larger = static_cast<unsigned char*>(std::realloc(bytes, capacity));
+            unsigned char* larger = static_cast<unsigned char*>(allocate(capacity));
             if (!larger) {
                 status = CELLSTEP_ERROR_MEMORY;
                 break;
             }
+            if (bytes) std::memcpy(larger, bytes, size);
+            release(bytes);
             bytes = larger;
         }
         const std::size_t got = std::fread(bytes + size, 1, capacity - size, file);
@@ -155,7 +223,7 @@ cellstep_status cellstep_model_load_file(const char* path, cellstep_model** mode
     }
     std::fclose(file);
     if (status != CELLSTEP_OK) {
-        std::free(bytes);
+        release(bytes);
         return status;
     }
     return adopt(bytes, size, bytes, model);
@@ -164,7 +232,7 @@ cellstep_status cellstep_model_load_file(const char* path, cellstep_model** mode
 cellstep_status cellstep_model_load_memory(const void* data, size_t size, cellstep_model** model) {
     if (!data || !model) return CELLSTEP_ERROR_ARGUMENT;
     *model = nullptr;
-    void* copy = std::malloc(size ? size : 1);
+    void* copy = allocate(size);
     if (!copy) return CELLSTEP_ERROR_MEMORY;
     std::memcpy(copy, data, size);
     return adopt(copy, size, copy, model);
@@ -178,7 +246,7 @@ cellstep_status cellstep_model_load_in_place(const void* data, size_t size, cell
 
 void cellstep_model_destroy(cellstep_model* model) {
     if (!model) return;
-    std::free(model->owned);
+    release(model->owned);
     delete model;
 }
 
@@ -241,17 +309,17 @@ cellstep_status cellstep_model_selftest(const cellstep_model* model, float* erro
 cellstep_status cellstep_session_create(const cellstep_model* model, cellstep_session** session) {
     if (!model || !session) return CELLSTEP_ERROR_ARGUMENT;
     *session = nullptr;
-    const std::size_t scratch = cellstep::core::model_scratch<float>(model->image, steps_per_call, 1, nullptr);
-    cellstep_session* created = static_cast<cellstep_session*>(std::malloc(sizeof(cellstep_session)));
-    float* state = static_cast<float*>(std::malloc((h_count(model) + c_count(model)) * sizeof(float)));
-    float* memory = static_cast<float*>(std::malloc(scratch * sizeof(float)));
-    if (!created || !state || !memory) {
-        std::free(created);
-        std::free(state);
-        std::free(memory);
+    cellstep_session* created = new (std::nothrow) cellstep_session{};
+    if (!created) return CELLSTEP_ERROR_MEMORY;
+    created->model = model;
+    created->state = allocate_values(state_count(model));
+    created->initial = allocate_values(state_count(model));
+    const std::size_t steps = cellstep::core::is_bidirectional(model->image) ? first_steps : any_steps;
+    if (!created->state || !created->initial || !prepare(created, steps, {})) {
+        cellstep_session_destroy(created);
         return CELLSTEP_ERROR_MEMORY;
     }
-    *created = {model, state, state + h_count(model), memory, steps_per_call};
+    cellstep::core::initial_state<float>(model->image, 1, created->initial, created->initial + h_count(model));
     cellstep_session_reset(created);
     *session = created;
     return CELLSTEP_OK;
@@ -259,9 +327,20 @@ cellstep_status cellstep_session_create(const cellstep_model* model, cellstep_se
 
 void cellstep_session_destroy(cellstep_session* session) {
     if (!session) return;
-    std::free(session->h);
-    std::free(session->scratch);
-    std::free(session);
+    release(session->slide.slots);
+    release(session->slide.state);
+    release(session->plan);
+    release(session->state);
+    release(session->initial);
+    release(session->scratch);
+    delete session;
+}
+
+cellstep_status cellstep_session_set_parallel(cellstep_session* session, size_t threads, void* context,
+                                              cellstep_run_tasks run) {
+    if (!session || (run && threads == 0)) return CELLSTEP_ERROR_ARGUMENT;
+    const Parallel parallel{run ? threads : 1, context, run};
+    return prepare(session, session->most_steps, parallel) ? CELLSTEP_OK : CELLSTEP_ERROR_MEMORY;
 }
 
 cellstep_status cellstep_session_step(cellstep_session* session, const float* x, float* y) {
@@ -280,26 +359,77 @@ cellstep_status cellstep_session_run_reset(cellstep_session* session, const floa
 
 cellstep_status cellstep_session_forecast(cellstep_session* session, const float* x, size_t steps, float* y) {
     if (!session || !x || !y || steps == 0) return CELLSTEP_ERROR_ARGUMENT;
-    const bool hidden = session->model->image.header().answers == static_cast<std::uint32_t>(Answers::hidden);
-    return run(session, x, nullptr, steps, y, hidden ? Answers::hidden : Answers::last);
+    return run(session, x, nullptr, steps, y, window_answers(session->model));
+}
+
+cellstep_status cellstep_session_slide_begin(cellstep_session* session, size_t window) {
+    if (!session) return CELLSTEP_ERROR_ARGUMENT;
+    if (window == 0) window = session->model->image.header().window;
+    if (window == 0 || window > longest_window) return CELLSTEP_ERROR_ARGUMENT;
+    if (!reserve(session, window)) return CELLSTEP_ERROR_MEMORY;
+    Slide& slide = session->slide;
+    if (window != slide.window) {
+        Slide fresh;
+        fresh.window = window;
+        fresh.slots = allocate_values(2 * window * cellstep::core::prepared_size(*session->plan));
+        fresh.state = allocate_values(state_count(session->model));
+        const bool enough = fresh.slots && fresh.state;
+        const Slide& unused = enough ? slide : fresh;
+        release(unused.slots);
+        release(unused.state);
+        if (!enough) return CELLSTEP_ERROR_MEMORY;
+        slide = fresh;
+    }
+    slide.seen = 0;
+    slide.next = 0;
+    return CELLSTEP_OK;
+}
+
+cellstep_status cellstep_session_slide(cellstep_session* session, const float* x, float* y) {
+    if (!session || !x || !y || session->slide.window == 0) return CELLSTEP_ERROR_ARGUMENT;
+    Slide& slide = session->slide;
+    const cellstep_model* model = session->model;
+    const std::size_t size = cellstep::core::prepared_size(*session->plan);
+    float* slot = slide.slots + slide.next * size;
+    cellstep::core::prepare_step<float>(*session->plan, x, slot, session->scratch);
+    std::memcpy(slot + slide.window * size, slot, size * sizeof(float));
+    slide.next = slide.next + 1 < slide.window ? slide.next + 1 : 0;
+    if (slide.seen < slide.window && ++slide.seen < slide.window) return CELLSTEP_PENDING;
+    std::memcpy(slide.state, session->initial, state_count(model) * sizeof(float));
+    cellstep::core::run_model<float>(*session->plan,
+                                     {slide.window,
+                                      1,
+                                      {x, 0, 0, 1},
+                                      1,
+                                      slide.state,
+                                      slide.state + h_count(model),
+                                      {y, static_cast<std::ptrdiff_t>(model->image.header().output_size), 0},
+                                      window_answers(model),
+                                      nullptr,
+                                      0,
+                                      0,
+                                      session->threads(),
+                                      slide.slots + slide.next * size},
+                                     session->scratch);
+    return CELLSTEP_OK;
 }
 
 cellstep_status cellstep_session_reset(cellstep_session* session) {
     if (!session) return CELLSTEP_ERROR_ARGUMENT;
-    cellstep::core::initial_state<float>(session->model->image, 1, session->h, session->c);
+    std::memcpy(session->state, session->initial, state_count(session->model) * sizeof(float));
     return CELLSTEP_OK;
 }
 
 cellstep_status cellstep_session_get_state(const cellstep_session* session, float* h, float* c) {
     if (!session || !h || !c) return CELLSTEP_ERROR_ARGUMENT;
-    std::memcpy(h, session->h, h_count(session->model) * sizeof(float));
-    std::memcpy(c, session->c, c_count(session->model) * sizeof(float));
+    std::memcpy(h, session->state, h_count(session->model) * sizeof(float));
+    std::memcpy(c, session->state + h_count(session->model), c_count(session->model) * sizeof(float));
     return CELLSTEP_OK;
 }
 
 cellstep_status cellstep_session_set_state(cellstep_session* session, const float* h, const float* c) {
     if (!session || !h || !c) return CELLSTEP_ERROR_ARGUMENT;
-    std::memcpy(session->h, h, h_count(session->model) * sizeof(float));
-    std::memcpy(session->c, c, c_count(session->model) * sizeof(float));
+    std::memcpy(session->state, h, h_count(session->model) * sizeof(float));
+    std::memcpy(session->state + h_count(session->model), c, c_count(session->model) * sizeof(float));
     return CELLSTEP_OK;
 }

@@ -52,7 +52,8 @@ typedef enum cellstep_status {
     CELLSTEP_ERROR_DTYPE = 9,      /**< the weights are not float32 */
     CELLSTEP_ERROR_NONFINITE = 10, /**< a weight is NaN or infinite */
     CELLSTEP_ERROR_ALIGNMENT = 11, /**< memory that is used in place is not aligned to 8 bytes */
-    CELLSTEP_ERROR_SELFTEST = 12   /**< the test vector in the file gives other numbers on this machine */
+    CELLSTEP_ERROR_SELFTEST = 12,  /**< the test vector in the file gives other numbers on this machine */
+    CELLSTEP_PENDING = 13          /**< no error, but no answer yet either: a sliding window is not full */
 } cellstep_status;
 
 /** One line on what a status means and what to do; never null, also for an unknown value. */
@@ -70,7 +71,10 @@ CELLSTEP_API cellstep_status cellstep_model_load_file(const char* path, cellstep
 /** Loads a deploy file from memory. The bytes are copied, so they need no alignment and may go away. */
 CELLSTEP_API cellstep_status cellstep_model_load_memory(const void* data, size_t size, cellstep_model** model);
 
-/** Loads a deploy file in place (flash, a mapped file): `data`, aligned to 8 bytes, must outlive the model. */
+/**
+ * Loads a deploy file in place (flash, a mapped file): `data`, aligned to 8 bytes, must outlive the model. Align it to
+ * 64 bytes: elsewhere a processor with vectors of a cache line takes up to 1.6 times as long.
+ */
 CELLSTEP_API cellstep_status cellstep_model_load_in_place(const void* data, size_t size, cellstep_model** model);
 
 /** Destroys a model; null is allowed. Its sessions must be gone. */
@@ -106,8 +110,9 @@ CELLSTEP_API const char* cellstep_model_output_name(const cellstep_model* model,
 CELLSTEP_API cellstep_status cellstep_model_selftest(const cellstep_model* model, float* error);
 
 /**
- * Creates a session in the initial state, zero or learned. The model must outlive it. No later call allocates, but
- * longer and longer runs of a bidirectional model, which needs the whole sequence at once.
+ * Creates a session in the initial state, zero or learned. The model must outlive it. Of the later calls
+ * cellstep_session_set_parallel and cellstep_session_slide_begin allocate, and longer and longer runs of a
+ * bidirectional model, which needs the whole sequence at once; no other does.
  */
 CELLSTEP_API cellstep_status cellstep_session_create(const cellstep_model* model, cellstep_session** session);
 
@@ -130,6 +135,38 @@ CELLSTEP_API cellstep_status cellstep_session_run_reset(cellstep_session* sessio
  */
 CELLSTEP_API cellstep_status cellstep_session_forecast(cellstep_session* session, const float* x, size_t steps,
                                                        float* y);
+
+/**
+ * Begins a window of the last `window` steps that moves by one step a call, with memory for all of them; 0 takes the
+ * model's own window. Begins anew where there was one. CELLSTEP_ERROR_ARGUMENT if the model names no window.
+ */
+CELLSTEP_API cellstep_status cellstep_session_slide_begin(cellstep_session* session, size_t window);
+
+/**
+ * Moves the window: x (input_size) is its newest step. CELLSTEP_PENDING, and y is left as it was, until as many steps
+ * have come as the window has; then y (output_size) is to the bit what cellstep_session_forecast gives for these steps
+ * from the initial state. What hangs on one step alone, which is what lies before the recurrence of the first LSTM
+ * layer, is kept for as long as the step is in the window. The session's state is neither read nor changed.
+ */
+CELLSTEP_API cellstep_status cellstep_session_slide(cellstep_session* session, const float* x, float* y);
+
+/** Part of a call's work: one of `count` tasks, which never wait for each other. */
+typedef void (*cellstep_task)(void* argument, size_t index);
+
+/**
+ * The caller's threads: calls task(argument, index) once for each index below count, at once or one after the other, in
+ * any order and on any threads, and returns when all are done. Must not throw or return early.
+ */
+typedef void (*cellstep_run_tasks)(void* context, size_t count, cellstep_task task, void* argument);
+
+/**
+ * Lets the calls of a session share their work between `threads` threads, where there is enough of it: layers as a
+ * wavefront in long runs, directions side by side, units of large layers. The numbers stay the same to the bit. `run`
+ * is called with `context` from within calls of this session, on the thread that makes them; null ends the sharing.
+ * Memory for all threads is allocated here. CELLSTEP_ERROR_ARGUMENT for 0 threads.
+ */
+CELLSTEP_API cellstep_status cellstep_session_set_parallel(cellstep_session* session, size_t threads, void* context,
+                                                           cellstep_run_tasks run);
 
 /** Puts the state to the initial one, zero or learned. */
 CELLSTEP_API cellstep_status cellstep_session_reset(cellstep_session* session);
