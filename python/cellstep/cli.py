@@ -311,6 +311,8 @@ def verify(
 
 
 def _print_report(report: "Report") -> None:
+    from cellstep.quantization import TOLERANCES
+
     table = Table(
         title=f"agreement over {report.windows} windows; largest difference from the first row",
         caption=f"relative to the output's range, {report.span:.6g}; equal bits: equal outputs to the last bit",
@@ -330,7 +332,7 @@ def _print_report(report: "Report") -> None:
                 row.weights,
                 f"{row.difference:.2e}",
                 f"{row.relative:.1e}",
-                str(row.ulps),
+                "-" if row.weights in TOLERANCES else str(row.ulps),
                 row.bits,
                 latency,
             )
