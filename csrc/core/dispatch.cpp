@@ -31,18 +31,22 @@ struct Choice {
     namespace isa {                                      \
     extern void (*const kernel)(const Int8Step<float>&); \
     }
+#if defined(CELLSTEP_AVX_VNNI)
 CELLSTEP_DECLARE_INT8(avx2vnni)
+#endif
 CELLSTEP_DECLARE_INT8(avx512vnni)
 
 CELLSTEP_DECLARE(baseline)
 CELLSTEP_DECLARE(avx2)
 CELLSTEP_DECLARE(avx512)
 
+#if defined(CELLSTEP_AVX_VNNI)
 /// Leaf 7, subleaf 1, bit 4 of eax: not every compiler's __builtin_cpu_supports knows this one.
 static bool has_avx_vnni() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
+#endif
 
 static Choice choose() {
     __builtin_cpu_init();
@@ -62,8 +66,10 @@ static Choice choose() {
         return {"avx512", with_int8(avx512::kernels_float, avx512vnni::kernel), &avx512::kernels_double};
     if (has_avx512 && (wanted("avx512") || wanted("avx512vnni")))
         return {"avx512", &avx512::kernels_float, &avx512::kernels_double};
+#if defined(CELLSTEP_AVX_VNNI)
     if (has_avx2 && has_avx_vnni() && wanted("avx2vnni"))
         return {"avx2", with_int8(avx2::kernels_float, avx2vnni::kernel), &avx2::kernels_double};
+#endif
     const bool no_more_than_baseline = wish && std::strcmp(wish, "baseline") == 0;
     if (has_avx2 && !no_more_than_baseline) return {"avx2", &avx2::kernels_float, &avx2::kernels_double};
     return {"baseline", &baseline::kernels_float, &baseline::kernels_double};
