@@ -365,7 +365,7 @@ for path in sys.argv[1:]:
         y = session.run(np.zeros((300, session.input_size), np.float32))
         parts = [y, *session.state]
         assert all(np.isfinite(part).all() for part in parts)
-        # No bias: h and c halve at each step, until they are flushed to zero.
+        # No bias, small weights: h and c shrink at each step, until they are flushed to zero.
         assert all((part == 0).all() for part in session.state), session.state
         digests += [part.tobytes() for part in parts]
 print(instruction_set(), hashlib.sha256(b"".join(digests)).hexdigest())
@@ -374,7 +374,7 @@ print(instruction_set(), hashlib.sha256(b"".join(digests)).hexdigest())
 
 def test_a_state_that_decays_ends_at_zero_on_every_instruction_set(tmp_path):
     paths = []
-    for options in ({}, {"peephole": True}, {"bidirectional": True}):
+    for options in ({}, {"peephole": True}, {"zoneout": 0.1}):
         torch.manual_seed(0)
         directory = tmp_path / str(len(paths))
         directory.mkdir()
