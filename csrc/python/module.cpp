@@ -14,8 +14,10 @@
 #include "core/kernels.h"
 #include "core/layer.h"
 #include "core/pack.h"
+#include "pool.h"
 
 namespace py = pybind11;
+using cellstep::python::Pool;
 
 namespace {
 
@@ -52,9 +54,16 @@ class Model {
 public:
     static std::shared_ptr<Model> from_file(const std::string& path) {
         cellstep_model* model = nullptr;
-        errno = 0;
-        const cellstep_status status = cellstep_model_load_file(path.c_str(), &model);
+        cellstep_status status = CELLSTEP_OK;
+        int error = 0;
+        {
+            py::gil_scoped_release release;  // a pipe may be written by another thread of this process
+            errno = 0;
+            status = cellstep_model_load_file(path.c_str(), &model);
+            error = errno;
+        }
         if (status == CELLSTEP_ERROR_FILE) {
+            errno = error;
             PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
             throw py::error_already_set();
         }
@@ -95,8 +104,17 @@ private:
 
 class Session {
 public:
-    explicit Session(std::shared_ptr<Model> shared) : model(std::move(shared)) {
+    Session(std::shared_ptr<Model> shared, py::ssize_t threads) : model(std::move(shared)) {
+        if (threads < 1 || threads > most_threads)
+            throw py::value_error("expected threads from 1 to " + std::to_string(most_threads) + ", got " +
+                                  std::to_string(threads));
+        if (threads > 1) pool_.reset(new Pool(static_cast<std::size_t>(threads)));
         if (cellstep_session_create(model->handle, &handle_) != CELLSTEP_OK) throw std::bad_alloc();
+        const cellstep_status status =
+            pool_ ? cellstep_session_set_parallel(handle_, pool_->threads(), pool_.get(), &Pool::run) : CELLSTEP_OK;
+        if (status == CELLSTEP_OK) return;
+        cellstep_session_destroy(handle_);
+        throw std::bad_alloc();
     }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
@@ -130,6 +148,34 @@ public:
         return call(x, x.shape(0), {outputs()}, cellstep_session_forecast);
     }
 
+    void start_slide(py::ssize_t window) {
+        if (window < 0 || window > most_window)
+            throw py::value_error("expected a window of 1 to " + std::to_string(most_window) + " steps, got " +
+                                  std::to_string(window));
+        if (window == 0) window = model->info.window;
+        if (window == 0)
+            throw py::value_error(
+                "expected the steps of the window, as the model names none: call start_slide(T) first");
+        if (cellstep_session_slide_begin(handle_, static_cast<std::size_t>(window)) != CELLSTEP_OK)
+            throw std::bad_alloc();
+        sliding_ = true;
+    }
+
+    py::object slide(const py::object& value) {
+        const Array<float> x = floats(value, "x");
+        expect_shape(x, {inputs()}, "x");
+        if (!sliding_) start_slide(0);
+        bool pending = false;
+        py::array y = call(x, 1, {outputs()},
+                           [&pending](cellstep_session* session, const float* source, std::size_t, float* target) {
+                               const cellstep_status status = cellstep_session_slide(session, source, target);
+                               pending = status == CELLSTEP_PENDING;
+                               return status;
+                           });
+        if (pending) return py::none();
+        return std::move(y);
+    }
+
     void reset() { cellstep_session_reset(handle_); }
 
     std::pair<py::array, py::array> state() const {
@@ -150,6 +196,9 @@ public:
     std::shared_ptr<Model> model;
 
 private:
+    static constexpr py::ssize_t most_threads = 1024;
+    static constexpr py::ssize_t most_window = 1 << 24;
+
     py::ssize_t inputs() const { return model->info.input_size; }
     py::ssize_t outputs() const { return model->info.output_size; }
     std::vector<py::ssize_t> h_shape() const { return {model->info.num_layers, model->info.h_size}; }
@@ -175,7 +224,9 @@ private:
         return y;
     }
 
+    std::unique_ptr<Pool, Pool::Release> pool_;  // outlives the session, which is destroyed before it
     cellstep_session* handle_ = nullptr;
+    bool sliding_ = false;
 };
 
 template <class T>
@@ -261,11 +312,13 @@ PYBIND11_MODULE(_runtime, module) {
         });
 
     py::class_<Session>(module, "Session")
-        .def(py::init<std::shared_ptr<Model>>())
+        .def(py::init<std::shared_ptr<Model>, py::ssize_t>(), py::arg("model"), py::arg("threads") = 1)
         .def_readonly("model", &Session::model)
         .def("step", &Session::step)
         .def("run", &Session::run, py::arg("x"), py::arg("reset") = py::none())
         .def("forecast", &Session::forecast)
+        .def("start_slide", &Session::start_slide)
+        .def("slide", &Session::slide)
         .def("reset", &Session::reset)
         .def_property("state", &Session::state, &Session::set_state);
 

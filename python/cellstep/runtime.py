@@ -25,20 +25,23 @@ class Session:
 
     Args:
         source: path of a deploy file, its bytes, or the ``model`` of another session.
+        threads: how many threads share the work of a call, this session's own. It pays for long runs of several layers,
+            for bidirectional models and for layers of hundreds of units; the numbers stay the same to the bit.
 
     Raises:
+        ValueError: ``threads`` is not between 1 and 1024.
         OSError: the file cannot be read.
         ModelError: the file is damaged, of another version, or no deploy file; a ValueError.
     """
 
-    def __init__(self, source: "str | os.PathLike[str] | bytes | _runtime.Model") -> None:
+    def __init__(self, source: "str | os.PathLike[str] | bytes | _runtime.Model", threads: int = 1) -> None:
         if isinstance(source, _runtime.Model):
             self.model = source
         elif isinstance(source, bytes):
             self.model = _runtime.Model.from_bytes(source)
         else:
             self.model = _runtime.Model.from_file(os.fspath(source))
-        self._session = _runtime.Session(self.model)
+        self._session = _runtime.Session(self.model, threads)
         self.input_size = self.model.input_size
         self.output_size = self.model.output_size
         self.state_layers = self.model.num_layers
@@ -69,6 +72,29 @@ class Session:
         The output of the last step, or what the heads make of the last hidden state if the model was made so.
         """
         return self._session.forecast(x)
+
+    def start_slide(self, window: int | None = None) -> None:
+        """Begin a sliding window of the last ``window`` steps, by default the model's own, or begin it anew.
+
+        Raises:
+            ValueError: ``window`` is not between 1 and 2**24, or is left out and the model names none.
+        """
+        if window is not None and window < 1:
+            raise ValueError(f"expected a window of at least one step, got {window}")
+        self._session.start_slide(window or 0)
+
+    def slide(self, x: ArrayLike) -> Float32Array | None:
+        """Move the window one step: x (input_size), its newest step, gives y (output_size).
+
+        None until as many steps have come as the window has. Then y is to the bit what ``forecast`` gives for the last
+        T steps from the initial state; what hangs on a step alone, up to the input part of the first LSTM layer, is
+        computed once and kept. The state that ``step`` carries is neither read nor changed. The first call begins a
+        window as ``start_slide()`` does.
+
+        Raises:
+            ValueError: x has another shape, or the model names no window and ``start_slide`` was not called.
+        """
+        return self._session.slide(x)
 
     def reset(self) -> None:
         """Put the state to the initial one, zero or learned."""
