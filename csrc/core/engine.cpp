@@ -77,6 +77,7 @@ LstmLayer<T> lstm_layer(const Image& image, const ImageRecord& record) {
         options.gate = activation_at(record, 0);
         options.candidate = activation_at(record, 1);
         options.output = activation_at(record, 2);
+        options.fast = record.flags & LayerFlags::fast;
     }
     for (std::size_t place = 0; place < layer.direction_count; ++place) {
         Direction<T>& direction = layer.directions[place];
@@ -358,7 +359,8 @@ void run_direction(const Plan<T>& plan, const Stage<T>& stage, std::size_t place
                           cells,
                           masks,
                           parallel,
-                          sums},
+                          sums,
+                          direction.options.fast},
                          workspace.layer);
         copy_rows<T>(run.batch, layer.hidden_size, y + static_cast<std::ptrdiff_t>(steps - 1) * y_step,
                      static_cast<std::size_t>(y_row), h_rows.data, h_rows.stride);

@@ -93,7 +93,8 @@ constexpr std::uint32_t coupled = 8;
 constexpr std::uint32_t residual = 16;  ///< the layer adds its input to its output
 constexpr std::uint32_t initial = 32;   ///< the data hold an initial state
 constexpr std::uint32_t cells = 64;     ///< the layer gives the c of its directions behind the h
-constexpr std::uint32_t all = 127;
+constexpr std::uint32_t fast = 128;     ///< sigmoid and tanh to 1.6e-5 instead of two units in the last place
+constexpr std::uint32_t all = 255;
 }  // namespace LayerFlags
 
 enum class DataType : std::uint32_t { float32 = 0, float64 = 1 };

@@ -63,6 +63,7 @@ struct Step {
     T* gates;                ///< null, or (rows, 4 hidden_size): activated i, f, g, o
     T* scratch;              ///< 64 (rows + input_size + hidden_size) values
     bool backwards = false;  ///< whether the panels are read from the last to the first
+    bool fast = false;       ///< the fast variant of sigmoid and tanh, see activations.h
 };
 
 /// One step back through gates and state, element by element.
@@ -104,6 +105,7 @@ struct LayerOptions {
     const T* norm_hh = nullptr;      ///< (4 hidden_size)
     const T* norm_c = nullptr;       ///< (hidden_size)
     const T* norm_c_bias = nullptr;  ///< (hidden_size)
+    bool fast = false;               ///< the fast variant of sigmoid and tanh, see activations.h
 };
 
 /// What a call to a layer may bring along; each may be null.

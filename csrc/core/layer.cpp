@@ -209,6 +209,7 @@ void layer_forward(const LayerForward<T>& layer, T* scratch) {
     s.h_stride = static_cast<std::ptrdiff_t>(units);
     s.h_next_stride = layer.y.row_stride;
     s.c = layer.c;
+    s.fast = layer.fast;
     for (std::size_t begin = 0; begin < layer.steps; begin += chunk) {
         const std::size_t steps = layer.steps - begin < chunk ? layer.steps - begin : chunk;
         SequenceView<T> view = layer.x;

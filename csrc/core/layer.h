@@ -58,6 +58,7 @@ struct LayerForward {
     LayerMasks<T> masks;  ///< of which a plain layer reads the flags to reset and the initial state
     const Parallel* parallel = nullptr;
     InputSums<T> sums = {};  ///< unless null, x is not read
+    bool fast = false;       ///< the fast variant of sigmoid and tanh, see activations.h
 };
 
 /// Values of scratch memory that layer_forward needs for a call of this size; does not grow with long sequences.

@@ -118,6 +118,12 @@ inline V maximum(V a, V b) {
     return a > b ? a : b;
 }
 
+/// The smaller; b where either is NaN.
+template <class V>
+inline V minimum(V a, V b) {
+    return a < b ? a : b;
+}
+
 /// a * b + c, rounded once where the instruction set has a fused multiply-add and twice where it has not.
 /// The files are compiled with -ffp-contract=off, so nothing else is ever fused: the sums are the same bits
 /// whatever the compiler's taste.
@@ -177,8 +183,16 @@ inline Vector<float, 16> maximum(Vector<float, 16> a, Vector<float, 16> b) {
     return _mm512_maskz_max_ps(0xffff, a, b);
 }
 template <>
+inline Vector<float, 16> minimum(Vector<float, 16> a, Vector<float, 16> b) {
+    return _mm512_maskz_min_ps(0xffff, a, b);
+}
+template <>
 inline Vector<double, 8> maximum(Vector<double, 8> a, Vector<double, 8> b) {
     return _mm512_maskz_max_pd(0xff, a, b);
+}
+template <>
+inline Vector<double, 8> minimum(Vector<double, 8> a, Vector<double, 8> b) {
+    return _mm512_maskz_min_pd(0xff, a, b);
 }
 #endif
 template <>
@@ -186,8 +200,16 @@ inline Vector<float, 8> maximum(Vector<float, 8> a, Vector<float, 8> b) {
     return _mm256_max_ps(a, b);
 }
 template <>
+inline Vector<float, 8> minimum(Vector<float, 8> a, Vector<float, 8> b) {
+    return _mm256_min_ps(a, b);
+}
+template <>
 inline Vector<float, 4> maximum(Vector<float, 4> a, Vector<float, 4> b) {
     return _mm_max_ps(a, b);
+}
+template <>
+inline Vector<float, 4> minimum(Vector<float, 4> a, Vector<float, 4> b) {
+    return _mm_min_ps(a, b);
 }
 template <>
 inline Vector<float, 8> fma(Vector<float, 8> a, Vector<float, 8> b, Vector<float, 8> c) {

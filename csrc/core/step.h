@@ -23,17 +23,21 @@ struct RowState {
     T* c_next;
     T* h_next;
     T* gates;  ///< null, or i of the row, f, g and o behind it
+    bool fast;
 };
 
 template <class T>
 inline RowState<T> row_state(const Step<T>& s, std::size_t row) {
-    return {s.hidden_size, s.c + row * s.hidden_size, s.c_next + row * s.hidden_size,
+    return {s.hidden_size,
+            s.c + row * s.hidden_size,
+            s.c_next + row * s.hidden_size,
             s.h_next + static_cast<std::ptrdiff_t>(row) * s.h_next_stride,
-            s.gates ? s.gates + row * gate_count * s.hidden_size : nullptr};
+            s.gates ? s.gates + row * gate_count * s.hidden_size : nullptr,
+            s.fast};
 }
 
 /// Gates of some units as fractions, so that i g and o tanh(c) take one division each.
-template <class T, int Lanes>
+template <class T, int Lanes, bool Fast>
 struct Gates {
     using V = Vector<T, Lanes>;
     Fraction<V> gate[gate_count];
@@ -42,15 +46,15 @@ struct Gates {
     CELLSTEP_INLINE V move(V* c) const {
         const Fraction<V>&i = gate[0], &f = gate[1], &g = gate[2], &o = gate[3];
         *c = fma(f.over / f.under, *c, (i.over * g.over) / (i.under * g.under));
-        const Fraction<V> squashed = tanh_fraction<T, Lanes>(*c);
+        const Fraction<V> squashed = cell_fraction<T, Lanes, Fast>(*c);
         return (o.over * squashed.over) / (o.under * squashed.under);
     }
     CELLSTEP_INLINE V value(std::size_t at) const { return gate[at].over / gate[at].under; }
 };
 
 /// Moves Lanes units from `unit` on.
-template <class T, int Lanes>
-CELLSTEP_INLINE void move_units(const RowState<T>& row, std::size_t unit, const Gates<T, Lanes>& gates) {
+template <class T, int Lanes, bool Fast>
+CELLSTEP_INLINE void move_units(const RowState<T>& row, std::size_t unit, const Gates<T, Lanes, Fast>& gates) {
     using V = Vector<T, Lanes>;
     const std::size_t count = row.units - unit;
     V c = load_part<V>(row.c + unit, count);
@@ -62,28 +66,28 @@ CELLSTEP_INLINE void move_units(const RowState<T>& row, std::size_t unit, const 
         store_part(row.gates + at * row.units + unit, gates.value(at), count);
 }
 
-/// Activates a panel of Width units whose sums lie in registers, gates i, f, g, o one after the other.
-template <class T, int Width, int Vectors>
-CELLSTEP_INLINE void move_panel(const RowState<T>& row, std::size_t unit,
-                                const Vector<T, native_lanes<T>> (&sum)[Vectors]) {
+template <class T, int Width, int Vectors, bool Fast>
+CELLSTEP_INLINE void move_panel_as(const RowState<T>& row, std::size_t unit,
+                                   const Vector<T, native_lanes<T>> (&sum)[Vectors]) {
     constexpr int lanes = native_lanes<T>;
     if constexpr (lanes <= Width) {
         constexpr int parts = Width / lanes;
         for (int part = 0; part < parts; ++part) {
             const std::size_t first = unit + static_cast<std::size_t>(part * lanes);
             if (part > 0 && first >= row.units) break;
-            move_units<T, lanes>(
+            move_units<T, lanes, Fast>(
                 row, first,
-                {{sigmoid_fraction<T, lanes>(sum[part]), sigmoid_fraction<T, lanes>(sum[parts + part]),
-                  tanh_fraction<T, lanes>(sum[2 * parts + part]), sigmoid_fraction<T, lanes>(sum[3 * parts + part])}});
+                {{gate_fraction<T, lanes, Fast>(sum[part]), gate_fraction<T, lanes, Fast>(sum[parts + part]),
+                  cell_fraction<T, lanes, Fast>(sum[2 * parts + part]),
+                  gate_fraction<T, lanes, Fast>(sum[3 * parts + part])}});
         }
     } else {
         // Several gates share a register: one sigmoid serves them all, and the lanes of g take a tanh of their own.
         constexpr int shared = lanes / Width;
         using Part = Vector<T, Width>;
-        Gates<T, Width> gates;
+        Gates<T, Width, Fast> gates;
         for (int v = 0; v < Vectors; ++v) {
-            const Fraction<Vector<T, lanes>> all = sigmoid_fraction<T, lanes>(sum[v]);
+            const Fraction<Vector<T, lanes>> all = gate_fraction<T, lanes, Fast>(sum[v]);
             Part over[shared];
             Part under[shared];
             __builtin_memcpy(over, &all.over, sizeof(over));
@@ -92,9 +96,19 @@ CELLSTEP_INLINE void move_panel(const RowState<T>& row, std::size_t unit,
         }
         Part candidates[shared];
         __builtin_memcpy(candidates, &sum[2 / shared], sizeof(candidates));
-        gates.gate[2] = tanh_fraction<T, Width>(candidates[2 % shared]);
-        move_units<T, Width>(row, unit, gates);
+        gates.gate[2] = cell_fraction<T, Width, Fast>(candidates[2 % shared]);
+        move_units<T, Width, Fast>(row, unit, gates);
     }
+}
+
+/// Activates a panel of Width units whose sums lie in registers, gates i, f, g, o one after the other.
+template <class T, int Width, int Vectors>
+CELLSTEP_INLINE void move_panel(const RowState<T>& row, std::size_t unit,
+                                const Vector<T, native_lanes<T>> (&sum)[Vectors]) {
+    if (row.fast)
+        move_panel_as<T, Width, Vectors, true>(row, unit, sum);
+    else
+        move_panel_as<T, Width, Vectors, false>(row, unit, sum);
 }
 
 /// What becomes of a row's sums: new state.
@@ -254,8 +268,8 @@ CELLSTEP_INLINE void spread(Vector<T, Width * Parts> value, std::size_t first, c
 }
 
 /// As many rows of a narrow panel as a vector has room for, each part of it a row.
-template <class T, int Width, int Rows>
-CELLSTEP_INLINE void move_rows_at_once(const Step<T>& s, std::size_t first, std::size_t unit, const T* sums) {
+template <class T, int Width, int Rows, bool Fast>
+inline void move_rows_at_once(const Step<T>& s, std::size_t first, std::size_t unit, const T* sums) {
     using Part = Vector<T, Width>;
     constexpr int lanes = Rows * Width;
     using V = Vector<T, lanes>;
@@ -265,8 +279,8 @@ CELLSTEP_INLINE void move_rows_at_once(const Step<T>& s, std::size_t first, std:
         return collect<T, Width, Rows>(0,
                                        [&](std::size_t r) { return load<Part>(sums + (gate_count * r + at) * Width); });
     };
-    const Gates<T, lanes> gates{{sigmoid_fraction<T, lanes>(gate(0)), sigmoid_fraction<T, lanes>(gate(1)),
-                                 tanh_fraction<T, lanes>(gate(2)), sigmoid_fraction<T, lanes>(gate(3))}};
+    const Gates<T, lanes, Fast> gates{{gate_fraction<T, lanes, Fast>(gate(0)), gate_fraction<T, lanes, Fast>(gate(1)),
+                                       cell_fraction<T, lanes, Fast>(gate(2)), gate_fraction<T, lanes, Fast>(gate(3))}};
     V c = collect<T, Width, Rows>(first,
                                   [&](std::size_t row) { return load_part<Part>(s.c + row * units + unit, count); });
     const V h = gates.move(&c);
@@ -288,9 +302,11 @@ inline void move_rows(const Step<T>& s, std::size_t unit, const T* sums) {
     constexpr int at_once = native_lanes<T> / Width;
     using V = Vector<T, native_lanes<T>>;
     std::size_t row = 0;
-    if constexpr (at_once > 1)
-        for (; row + at_once <= s.rows; row += at_once, sums += at_once * gate_count * Width)
-            move_rows_at_once<T, Width, at_once>(s, row, unit, sums);
+    if constexpr (at_once > 1) {
+        const auto move =
+            s.fast ? move_rows_at_once<T, Width, at_once, true> : move_rows_at_once<T, Width, at_once, false>;
+        for (; row + at_once <= s.rows; row += at_once, sums += at_once * gate_count * Width) move(s, row, unit, sums);
+    }
     for (; row < s.rows; ++row, sums += gate_count * Width) {
         V sum[vectors];
         for (int v = 0; v < vectors; ++v) sum[v] = load<V>(sums + v * native_lanes<T>);

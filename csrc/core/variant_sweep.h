@@ -45,7 +45,9 @@ inline Vector<T, Lanes> activated(Activation activation, Vector<T, Lanes> x) {
 
 /// The same as a quotient where it is one: the products of gates are then what step.h makes of them, to the bit.
 template <class T, int Lanes>
-inline Fraction<Vector<T, Lanes>> activated_fraction(Activation activation, Vector<T, Lanes> x) {
+inline Fraction<Vector<T, Lanes>> activated_fraction(Activation activation, Vector<T, Lanes> x, bool fast) {
+    if (fast && activation == Activation::sigmoid) return fast_sigmoid_fraction<T, Lanes>(x);
+    if (fast && activation == Activation::tanh) return fast_tanh_fraction<T, Lanes>(x);
     if (activation == Activation::sigmoid) return sigmoid_fraction<T, Lanes>(x);
     if (activation == Activation::tanh) return tanh_fraction<T, Lanes>(x);
     return {activated<T, Lanes>(activation, x), broadcast<Vector<T, Lanes>>(T(1))};
@@ -185,19 +187,19 @@ inline void gate_panel(const VariantSweep<T>& s, std::size_t row, std::size_t un
             i = fma(load_part<V>(options.peephole + at, count), c, i);
             f = fma(load_part<V>(options.peephole + units + at, count), c, f);
         }
-        const Fraction<V> in = activated_fraction<T, lanes>(options.gate, i);
+        const Fraction<V> in = activated_fraction<T, lanes>(options.gate, i, options.fast);
         if (options.coupled) {
             f = broadcast<V>(T(1)) - in.over / in.under;
         } else {
-            const Fraction<V> keep = activated_fraction<T, lanes>(options.gate, f);
+            const Fraction<V> keep = activated_fraction<T, lanes>(options.gate, f, options.fast);
             f = keep.over / keep.under;
         }
-        Fraction<V> g = activated_fraction<T, lanes>(options.candidate, load<V>(sums + 2 * Width + lane));
+        Fraction<V> g = activated_fraction<T, lanes>(options.candidate, load<V>(sums + 2 * Width + lane), options.fast);
         if (s.masks.mask_g) g.over *= load_part<V>(s.masks.mask_g + row * units + at, count);
         V next = fma(f, c, (in.over * g.over) / (in.under * g.under));
         if (options.cell_clip > T(0)) next = clamp<T, lanes>(next, -options.cell_clip, options.cell_clip);
         if (options.peephole) output = fma(load_part<V>(options.peephole + 2 * units + at, count), next, output);
-        const Fraction<V> o = activated_fraction<T, lanes>(options.gate, output);
+        const Fraction<V> o = activated_fraction<T, lanes>(options.gate, output, options.fast);
         store_part(new_c + at, next, count);
         store_part(over + at, o.over, count);
         store_part(under + at, o.under, count);
@@ -250,7 +252,7 @@ inline void hidden_row(const LayerOptions<T>& options, std::size_t units, const 
             c = (c - broadcast<V>(moment.mean)) * broadcast<V>(moment.inverse) *
                     load_part<V>(options.norm_c + at, count) +
                 load_part<V>(options.norm_c_bias + at, count);
-        const Fraction<V> squashed = activated_fraction<T, lanes>(options.output, c);
+        const Fraction<V> squashed = activated_fraction<T, lanes>(options.output, c, options.fast);
         // A lane past the end would divide by zero; no lane of it is stored.
         store_part(
             m + at,
