@@ -23,6 +23,11 @@ struct Product {
     std::ptrdiff_t b_stride;
     T* c;
     std::ptrdiff_t c_stride;
+    // For the gate sums of a step, in the same chains, if there is a `start`; columns are whole vectors then.
+    const T* start = nullptr;         ///< a row that every row of C begins with, in place of what C holds
+    std::size_t first_depth = 0;      ///< rows of B that come before those above, for
+    const T* first = nullptr;         ///< (m, first_depth), rows contiguous
+    std::ptrdiff_t first_stride = 0;  ///< from row to row of it
 };
 
 /// y = x W^T + b, each element one chain of multiply-adds: the bias, then the inputs in order.

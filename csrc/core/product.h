@@ -59,24 +59,29 @@ template <class T, int Rows, int Vectors>
 inline void product_tile(const Product<T>& p, std::size_t row, std::size_t column) {
     constexpr int lanes = native_lanes<T>;
     using V = Vector<T, lanes>;
-    const T* a[Rows];
     T* c[Rows];
     V sum[Rows][Vectors];
     for (int r = 0; r < Rows; ++r) {
-        a[r] = p.a + static_cast<std::ptrdiff_t>(row + r) * p.a_row_stride;
         c[r] = p.c + static_cast<std::ptrdiff_t>(row + r) * p.c_stride + column;
-        for (int v = 0; v < Vectors; ++v) sum[r][v] = load<V>(c[r] + v * lanes);
+        const T* from = p.start ? p.start + column : c[r];
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = load<V>(from + v * lanes);
     }
     const T* b = p.b + column;
-    for (std::size_t k = 0; k < p.depth; ++k, b += p.b_stride) {
-        V weight[Vectors];
-        for (int v = 0; v < Vectors; ++v) weight[v] = load<V>(b + v * lanes);
-        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(k) * p.a_depth_stride;
-        for (int r = 0; r < Rows; ++r) {
-            const V value = broadcast<V>(a[r][at]);
-            for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(value, weight[v], sum[r][v]);
+    const auto add = [&](const T* values, std::ptrdiff_t row_stride, std::ptrdiff_t depth_stride, std::size_t depth) {
+        const T* a[Rows];
+        for (int r = 0; r < Rows; ++r) a[r] = values + static_cast<std::ptrdiff_t>(row + r) * row_stride;
+        for (std::size_t k = 0; k < depth; ++k, b += p.b_stride) {
+            V weight[Vectors];
+            for (int v = 0; v < Vectors; ++v) weight[v] = load<V>(b + v * lanes);
+            const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(k) * depth_stride;
+            for (int r = 0; r < Rows; ++r) {
+                const V value = broadcast<V>(a[r][at]);
+                for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(value, weight[v], sum[r][v]);
+            }
         }
-    }
+    };
+    if (p.first_depth) add(p.first, p.first_stride, 1, p.first_depth);
+    add(p.a, p.a_row_stride, p.a_depth_stride, p.depth);
     for (int r = 0; r < Rows; ++r)
         for (int v = 0; v < Vectors; ++v) store(c[r] + v * lanes, sum[r][v]);
 }

@@ -352,13 +352,12 @@ inline void step_panel(const Step<T>& s, std::size_t unit, std::size_t width, co
     T* sums = s.scratch;
     if (s.sums) {
         sums = s.sums + gate_count * (unit * s.sums_rows + s.sums_row * width);
+        product<T>({s.rows, columns, s.recurrent_size, s.h, s.h_stride, 1, weights + s.input_size * columns, stride,
+                    sums, stride});
     } else {
-        for (std::size_t row = 0; row < s.rows; ++row)
-            __builtin_memcpy(sums + row * columns, packed, columns * sizeof(T));
-        product<T>({s.rows, columns, s.input_size, s.x, s.x_stride, 1, weights, stride, sums, stride});
+        product<T>({s.rows, columns, s.recurrent_size, s.h, s.h_stride, 1, weights, stride, sums, stride,
+                    reinterpret_cast<const T*>(packed), s.input_size, s.x, s.x_stride});
     }
-    product<T>({s.rows, columns, s.recurrent_size, s.h, s.h_stride, 1, weights + s.input_size * columns, stride, sums,
-                stride});
     if (width == 16)
         move_rows<T, 16>(s, unit, sums);
     else if (width == 8)
