@@ -241,6 +241,7 @@ template <class T>
 struct Stage {
     LstmLayer<T> layer;
     StatePlace places[2];
+    Step<T> step;  ///< of one row, but for what each call brings, if the layer is plain and has one direction
     bool first;
     bool last;
 };
@@ -286,6 +287,7 @@ struct Plan {
     const T* output_scaling;
     const std::uint32_t* skip;  ///< columns of x, or null
     Stage<T>* stages;
+    bool single_steps;             ///< whether run_single_step knows all of its layers
     std::size_t prepared_sums[2];  ///< where the sums of a direction begin in what prepare_step gives
     std::size_t prepared_size;
 };
@@ -404,6 +406,13 @@ void add_rows(std::size_t steps, std::size_t batch, const LstmLayer<T>& layer, c
     }
 }
 
+/// x less the offsets, times the scales that lie behind them.
+template <class T>
+void scale_row(std::size_t count, const T* __restrict x, const T* __restrict offset, T* __restrict scaled) {
+    const T* __restrict scale = offset + count;
+    for (std::size_t k = 0; k < count; ++k) scaled[k] = (x[k] - offset[k]) * scale[k];
+}
+
 /// x as contiguous, scaled rows.
 template <class T>
 void scale_input(const Plan<T>& plan, const SequenceView<T>& x, std::size_t steps, std::size_t batch, T* rows) {
@@ -413,8 +422,11 @@ void scale_input(const Plan<T>& plan, const SequenceView<T>& x, std::size_t step
         for (std::size_t row = 0; row < batch; ++row) {
             const T* source = x.data + static_cast<std::ptrdiff_t>(step) * x.step_stride +
                               static_cast<std::ptrdiff_t>(row) * x.row_stride;
-            if (!offset && x.feature_stride == 1) {
-                std::memcpy(rows, source, inputs * sizeof(T));
+            if (x.feature_stride == 1) {
+                if (offset)
+                    scale_row<T>(inputs, source, offset, rows);
+                else
+                    std::memcpy(rows, source, inputs * sizeof(T));
                 rows += inputs;
                 continue;
             }
@@ -541,6 +553,39 @@ void run_stage(const Plan<T>& plan, const Stage<T>& stage, const ModelRun<T>& ru
                      run.y.data + (every ? static_cast<std::ptrdiff_t>(begin) * run.y.step_stride : 0));
 }
 
+/// One step of one row through plain layers of one direction: what run_rows would do, without the ways of a sequence.
+template <class T>
+void run_single_step(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) {
+    const FlushDenormals flush;
+    const Layout<T>& layout = plan.layout;
+    const ImageHeader& header = plan.image.header();
+    const Workspace<T> workspace(layout, scratch, 0);
+    T* const between = scratch + layout.workspace;
+    const T* x = encoded<T>(plan, run.x, 1, 1, workspace.rows).data;
+    const Stage<T>* const last = plan.stages + layout.layers - 1;
+    for (const Stage<T>* stage = plan.stages;; ++stage) {
+        Step<T> step = stage->step;
+        T* const h = stage->places[0].h(header, run.h, run.state_batch).data;
+        T* const c = stage->places[0].c(header, run.c, run.state_batch).data;
+        T* const y = between + (stage - plan.stages) % 2 * static_cast<std::ptrdiff_t>(layout.between);
+        step.x = x;
+        step.h = h;
+        step.h_next = y;
+        step.c = c;
+        step.c_next = c;
+        step.scratch = workspace.layer;
+        layer_step<T>(step, run.parallel);
+        std::memcpy(h, y, step.hidden_size * sizeof(T));
+        if (stage->layer.residual)
+            for (std::size_t at = 0; at < step.hidden_size; ++at) y[at] += x[at];
+        x = y;
+        if (stage == last) break;
+    }
+    const T* rows = answered_rows<T>(plan, *last, run, 1, x, workspace.rows[0]);
+    rows = run_dense<T>(plan.image, plan.head, plan.head_end, 1, rows, workspace.rows);
+    write_answers<T>(plan, run, 0, 1, rows, run.y.data);
+}
+
 /// One share of the rows, chunk by chunk.
 template <class T>
 void run_rows(const Plan<T>& plan, const ModelRun<T>& run, const Parallel* parallel, T* scratch) {
@@ -623,6 +668,7 @@ const Plan<T>* make_plan(const Image& image, std::size_t steps, std::size_t batc
              scaling(RecordKind::output_scaling),
              skip ? image.data<std::uint32_t>(*skip) : nullptr,
              stages,
+             true,
              {0, 0},
              0};
     StatePlace place;
@@ -635,11 +681,21 @@ const Plan<T>* make_plan(const Image& image, std::size_t steps, std::size_t batc
         }
         if (kind_of(*record) != RecordKind::lstm) continue;
         Stage<T>& stage = stages[index];
-        stage = {lstm_layer<T>(image, *record), {}, index == 0, index + 1 == plan->layout.layers};
+        stage = {lstm_layer<T>(image, *record), {}, {}, index == 0, index + 1 == plan->layout.layers};
+        const LstmLayer<T>& layer = stage.layer;
+        plan->single_steps =
+            plan->single_steps && layer.direction_count == 1 && layer.directions[0].plain && !layer.cells;
+        stage.step.rows = 1;
+        stage.step.input_size = layer.input_size;
+        stage.step.hidden_size = layer.hidden_size;
+        stage.step.recurrent_size = layer.hidden_size;
+        stage.step.last_unit = layer.hidden_size;
+        stage.step.weights = WeightType::full;
+        stage.step.packed = layer.directions[0].packed;
         ++index;
-        for (std::size_t at = 0; at < stage.layer.direction_count; ++at) {
+        for (std::size_t at = 0; at < layer.direction_count; ++at) {
             stage.places[at] = place;
-            place.next(stage.layer.recurrent_size, stage.layer.hidden_size);
+            place.next(layer.recurrent_size, layer.hidden_size);
         }
     }
     const LstmLayer<T>& layer = stages[0].layer;
@@ -680,6 +736,8 @@ template <class T>
 void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) {
     if (run.steps == 0 || run.batch == 0) return;
     const Layout<T>& layout = plan.layout;
+    if (plan.single_steps && run.steps == 1 && run.batch == 1 && !run.reset && !run.prepared)
+        return run_single_step<T>(plan, run, scratch);
     if (layout.row_shares == 1) return run_rows<T>(plan, run, run.parallel, scratch);
     for_each(run.parallel, layout.row_shares, [&](std::size_t share) {
         const std::size_t first = share * layout.rows;

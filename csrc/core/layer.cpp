@@ -185,6 +185,11 @@ std::size_t variant_scratch(std::size_t steps, std::size_t batch, std::size_t in
 }
 
 template <class T>
+void layer_step(const Step<T>& step, const Parallel* parallel) {
+    run_step(step, step_shares(parallel, step.rows, step.hidden_size, step.input_size + step.recurrent_size), parallel);
+}
+
+template <class T>
 void layer_forward(const LayerForward<T>& layer, T* scratch) {
     const FlushDenormals flush;
     const std::size_t units = layer.hidden_size;
@@ -303,6 +308,8 @@ template void project_row<float>(WeightType, const void*, std::size_t, std::size
                                  float*, float*);
 template void project_row<double>(WeightType, const void*, std::size_t, std::size_t, std::size_t, bool, const double*,
                                   double*, double*);
+template void layer_step<float>(const Step<float>&, const Parallel*);
+template void layer_step<double>(const Step<double>&, const Parallel*);
 template void variant_forward<float>(const VariantForward<float>&, float*);
 template void variant_forward<double>(const VariantForward<double>&, double*);
 template void layer_forward<float>(const LayerForward<float>&, float*);

@@ -72,6 +72,10 @@ std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t inpu
 template <class T>
 void layer_forward(const LayerForward<T>& layer, T* scratch);
 
+/// One step of a plain layer, ready but for the units; `scratch` as layer_scratch counts it.
+template <class T>
+void layer_step(const Step<T>& step, const Parallel* parallel);
+
 /// A layer with options; h is updated in place, unlike above.
 template <class T>
 struct VariantForward {

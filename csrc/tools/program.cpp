@@ -99,7 +99,8 @@ void add_row(std::string& out, std::size_t row, const float* y, std::size_t coun
 }
 
 /// Microseconds of one call.
-double timed(const std::function<void()>& call) {
+template <class Call>
+double timed(const Call& call) {
     const auto begin = std::chrono::steady_clock::now();
     call();
     return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count();
