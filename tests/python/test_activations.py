@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import cellstep.nn  # noqa: F401  (loads the operators)
+import cellstep
+from cellstep import _runtime
+from cellstep.exporters.torchscript import PackedChain
 from cellstep.formula import ACTIVATIONS
+from cellstep.nn import LSTM, Chain
 
 SIGN = 0x80000000
 INFINITY = 0x7F800000  # the bits of float32's; those of NaN lie above
@@ -193,3 +196,92 @@ def test_instruction_sets_agree():
         pytest.skip("this machine has no AVX2")
     name, *_, other = on("avx2")
     assert (name, other) == ("avx2", digest)
+
+
+# What the fast variant promises, and what float32's roundings of the fit's quotient add.
+FAST_TANH = 1.6e-5 + 2e-7
+FAST_SIGMOID = 8e-6 + 2e-7
+
+
+def fast_gates(values, dtype=torch.float32):
+    """sigmoid and tanh as the fast variant has them: with zero weights and saturated gates, o and then c of a step.
+
+    A gate's sum is its bias. What saturates is within a sigmoid's error of 1 or 0, which the caller allows for.
+    """
+    n = len(values)
+    results = []
+    for gates in ((0, 2), (2, 0)):  # which of i and g gets the values; the other is saturated
+        lstm = LSTM(1, n, dtype=dtype)
+        bias = torch.full((4, n), 100.0, dtype=dtype)
+        bias[1] = -100.0
+        bias[gates[0]] = torch.from_numpy(values)
+        with torch.no_grad():
+            for parameter in lstm.parameters():
+                parameter.zero_()
+            lstm.bias_ih_l0.copy_(bias.flatten())
+        chain = Chain(lstm, answers="every").eval()
+        packed = PackedChain(chain, fast_activations=True)
+        with torch.no_grad():
+            _, (_, c) = packed.run(torch.zeros(1, 1, 1, dtype=dtype), packed.initial_state(1))
+        results.append(c.flatten().numpy())
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fast_variant_is_within_its_error(dtype):
+    """c of a first step is i g: with one of them saturated the error is that of both, and the product at most 1."""
+    wide = np.float32 if dtype == torch.float32 else np.float64
+    spread = np.concatenate([np.linspace(-12, 12, 4000), np.logspace(-30, 38, 400), -np.logspace(-30, 38, 400)])
+    x = np.concatenate([spread, [0.0, -0.0, np.inf, -np.inf]]).astype(wide)
+    x = x[np.isfinite(x)]
+    sigmoid, tanh = fast_gates(x, dtype)
+    for got, kind in ((sigmoid, "sigmoid"), (tanh, "tanh")):
+        assert np.abs(got).max() <= 1
+        error = np.abs(got - exact(x.astype(np.float64), kind)).max()
+        assert 1e-7 < error <= FAST_TANH + FAST_SIGMOID  # it is the fast variant that was asked for
+    assert (sigmoid >= 0).all()
+
+
+OPTIONS = [
+    {},
+    {"peephole": True, "coupled": True},
+    {"layer_norm": True},
+    {"proj_size": 2},
+    {"bidirectional": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("hidden", [3, 20, 50])
+def test_fast_variant_of_a_layer(tmp_path, options, hidden):
+    """Close to the exact one, not equal to it; the same bits for a stream, a sequence and either kind of file."""
+    torch.manual_seed(0)
+    lstm = LSTM(4, hidden, 2, **options).eval()
+    x = torch.randn(40, 5, 4)
+    for name in ("m.cellstep", "m.pt"):
+        cellstep.export(lstm, tmp_path / name, fast_activations=True)
+    loaded = torch.jit.load(str(tmp_path / "m.pt"))
+    with torch.no_grad():
+        expected = lstm(x)[0].transpose(0, 1)
+        fast, _ = loaded.run(x.transpose(0, 1), loaded.initial_state(5))
+    error = (fast - expected).abs().max()
+    # 1.6e-5 for each of five activations in a cell, over two layers and a memory of some steps; layer normalisation
+    # divides the error by a deviation that may be small.
+    assert 1e-7 < error < (1e-2 if options.get("layer_norm") else 1e-3)
+    session = _runtime.Session(_runtime.Model.from_file(str(tmp_path / "m.cellstep")))
+    session.model.selftest()  # raises
+    np.testing.assert_array_equal(session.run(x[:, 0].contiguous().numpy()), fast[0].numpy())
+    if not options.get("bidirectional"):
+        session.reset()
+        stream = np.stack([session.step(step) for step in x[:, 0].numpy()])
+        np.testing.assert_array_equal(stream, fast[0].numpy())
+
+
+def test_fast_variant_is_refused_where_there_is_none(tmp_path):
+    lstm = LSTM(2, 3)
+    with pytest.raises(ValueError, match="expected fast_activations=False"):
+        cellstep.export(lstm, tmp_path / "m.pt", standalone=True, fast_activations=True)
+    with pytest.raises(ValueError, match="expected fast_activations=False"):
+        cellstep.export(
+            cellstep.quantize(Chain(lstm, answers="every"), "bfloat16"), tmp_path / "m.cellstep", fast_activations=True
+        )

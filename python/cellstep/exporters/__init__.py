@@ -40,8 +40,9 @@ def export(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> No
     Args:
         model: a :class:`cellstep.nn.Chain`, such as a ``Forecaster``; an :class:`cellstep.nn.LSTM` is exported as
             ``Chain(lstm, answers="every")``. What :func:`cellstep.quantize` gave goes to ``.cellstep`` and ``.pt``.
-        options: of the exporter: ``standalone`` for ``.pt``; ``input_names``, ``output_names``, ``lengths`` and
-            ``reset`` for ``.onnx``; ``batch_size``, ``steps`` and ``partitioner`` for ``.pte``.
+        options: of the exporter: ``fast_activations`` for ``.cellstep`` and ``.pt``; ``standalone`` for ``.pt``;
+            ``input_names``, ``output_names``, ``lengths`` and ``reset`` for ``.onnx``; ``batch_size``, ``steps`` and
+            ``partitioner`` for ``.pte``.
 
     Raises:
         ValueError: the suffix is unknown, or the artifact cannot hold the model's dtype.

@@ -27,13 +27,15 @@ _VERSION = 3
 _ALIGNMENT = 64
 _PACKED = 1  # the layout of csrc/core/pack.h; those of narrow weights follow
 _INPUT_SCALING, _LSTM, _DENSE, _OUTPUT_SCALING, _FEATURE_NAMES, _OUTPUT_NAMES, _TEST_VECTOR, _SKIP = range(1, 9)
-_BIDIRECTIONAL, _PEEPHOLE, _LAYER_NORM, _COUPLED, _RESIDUAL, _INITIAL, _CELLS = (1 << bit for bit in range(7))
+_BIDIRECTIONAL, _PEEPHOLE, _LAYER_NORM, _COUPLED, _RESIDUAL, _INITIAL, _CELLS, _FAST = (1 << bit for bit in range(8))
 _TEST_STEPS = 16
 #: Largest error that a self-test allows, relative to the largest output and its scale: float32 leaves some 1e-7 a
 #: step, and a wrong weight or a broken kernel gives far more.
 _TEST_TOLERANCE = 1e-5
 #: With int8 weights a machine without fused multiply-add rounds a hidden value the other way now and then.
 _TEST_TOLERANCE_INT8 = 1e-2
+#: The fast activations are 1.6e-5 off at most, which layers and steps make more of, layer normalisation most.
+_TEST_TOLERANCE_FAST = 1e-2
 
 _Array = NDArray[Any]
 _Factors = Sequence[_Array | None]  # of the inputs of each layer
@@ -49,12 +51,24 @@ class _Record:
     activations: int = 0
 
 
-def export_deploy(model: "Chain | PackedChain", path: Path) -> None:
-    """Write the deploy file of a float32 model. ValueError for another dtype or for weights that are not finite."""
+def export_deploy(model: "Chain | PackedChain", path: Path, fast_activations: bool = False) -> None:
+    """Write the deploy file of a float32 model.
+
+    Args:
+        fast_activations: sigmoid and tanh of LSTM layers with an absolute error of up to 1.6e-5, in less time.
+
+    Raises:
+        ValueError: another dtype; weights that are not finite; a quantized model, whose activations are settled.
+    """
     if not isinstance(model, Chain):
+        if fast_activations:
+            raise ValueError(
+                "expected fast_activations=False for a quantized model, which is packed already; got True; export the "
+                "model that it was made from"
+            )
         data = model.image.cpu().numpy().tobytes()
     elif model.dtype == torch.float32:
-        data = image(model)
+        data = image(model, fast_activations=fast_activations)
     else:
         raise ValueError(f"expected a float32 model for a deploy file; got {model.dtype}; use model.float()")
     with replacing(path) as temporary:
@@ -62,7 +76,12 @@ def export_deploy(model: "Chain | PackedChain", path: Path) -> None:
 
 
 def image(
-    model: Chain, weights: str = "float32", factors: list[_Array] | None = None, *, test_vector: bool = True
+    model: Chain,
+    weights: str = "float32",
+    factors: list[_Array] | None = None,
+    *,
+    fast_activations: bool = False,
+    test_vector: bool = True,
 ) -> bytes:
     """The bytes of a deploy file: packed weights, scaling, names and a test vector, in the model's own dtype.
 
@@ -70,13 +89,16 @@ def image(
         weights: how the two matrices of LSTM layers are stored, of :data:`WEIGHTS`; "float32" is the model's dtype.
             All else stays as it is.
         factors: for "int8", of the inputs of each layer, see :func:`cellstep.exporters.weights.pack_weights`.
+        fast_activations: see :func:`export_deploy`.
         test_vector: left out where the image stays in this process.
     """
     layers = [(lstm, layer) for lstm in model.lstms for layer in range(lstm.num_layers)]
     given: _Factors = [None] * len(layers) if factors is None else factors
     records = [_Record(_INPUT_SCALING, (model.input_size,), _bytes(model.input_offset, model.input_scale))]
     records += [_dense_record(dense) for dense in model.encoder]
-    records += [_lstm_record(*place, weights, each) for place, each in zip(layers, given, strict=True)]
+    records += [
+        _lstm_record(*place, weights, each, fast_activations) for place, each in zip(layers, given, strict=True)
+    ]
     records += [_dense_record(dense) for dense in model.heads]
     records.append(_Record(_OUTPUT_SCALING, (model.output_size,), _bytes(model.output_offset, model.output_scale)))
     if model.skip_columns:
@@ -95,6 +117,8 @@ def image(
     else:
         y = _test_output(model, x, weights)
     relative = _TEST_TOLERANCE_INT8 if weights == "int8" else _TEST_TOLERANCE
+    if fast_activations:
+        relative = max(relative, _TEST_TOLERANCE_FAST)
     tolerance = relative * (y.abs().max() + model.output_scale.abs().max().cpu())
     content = _bytes(tolerance.to(model.dtype).reshape(1), x, y.to(model.dtype))
     records.append(_Record(_TEST_VECTOR, (_TEST_STEPS,), content))
@@ -116,7 +140,7 @@ def lstm_image(lstm: LSTM) -> bytes:
         horizon=0,
         answers="every",
     )
-    return _assemble(sizes, [_lstm_record(lstm, layer, "float32", None) for layer in range(lstm.num_layers)])
+    return _assemble(sizes, [_lstm_record(lstm, layer, "float32", None, False) for layer in range(lstm.num_layers)])
 
 
 def _dense_record(dense: Dense) -> _Record:
@@ -125,7 +149,7 @@ def _dense_record(dense: Dense) -> _Record:
     return _Record(_DENSE, sizes, packed.tobytes(), _PACKED, activations=ACTIVATIONS.index(dense.activation))
 
 
-def _lstm_record(lstm: LSTM, layer: int, weights: str, factors: _Array | None) -> _Record:
+def _lstm_record(lstm: LSTM, layer: int, weights: str, factors: _Array | None, fast: bool) -> _Record:
     flags = (
         _BIDIRECTIONAL * lstm.bidirectional
         | _PEEPHOLE * lstm.peephole
@@ -134,6 +158,7 @@ def _lstm_record(lstm: LSTM, layer: int, weights: str, factors: _Array | None) -
         | _RESIDUAL * (lstm.residual and layer > 0)
         | _INITIAL * lstm.learn_initial_state
         | _CELLS * (lstm.return_cell_states and layer + 1 == lstm.num_layers)
+        | _FAST * fast
     )
     content = b""
     directions = 2 if lstm.bidirectional else 1

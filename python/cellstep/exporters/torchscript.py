@@ -37,6 +37,7 @@ class PackedChain(nn.Module):
         weights: how the weights of LSTM layers are stored: "float32", which stands for the model's own type,
             "bfloat16", "float16" or "int8".
         factors: for int8, see :func:`cellstep.exporters.deploy.image`.
+        fast_activations: see :func:`cellstep.exporters.deploy.export_deploy`.
     """
 
     input_size: Final[int]
@@ -53,7 +54,13 @@ class PackedChain(nn.Module):
     initial_h: Tensor
     initial_c: Tensor
 
-    def __init__(self, model: Chain, weights: str = "float32", factors: list[NDArray[Any]] | None = None) -> None:
+    def __init__(
+        self,
+        model: Chain,
+        weights: str = "float32",
+        factors: list[NDArray[Any]] | None = None,
+        fast_activations: bool = False,
+    ) -> None:
         super().__init__()
         self.input_size = model.input_size
         self.output_size = model.output_size
@@ -70,7 +77,7 @@ class PackedChain(nn.Module):
         h, c = (part.detach().clone() for part in model.initial_state(1))
         self.register_buffer("initial_h", h)
         self.register_buffer("initial_c", c)
-        self.register_buffer("image", aligned_bytes(image(model, weights, factors)))
+        self.register_buffer("image", aligned_bytes(image(model, weights, factors, fast_activations=fast_activations)))
         self.eval()
 
     def train(self, mode: bool = True) -> "PackedChain":
@@ -139,23 +146,32 @@ class PackedChain(nn.Module):
         return y.to(x.device), (h_n.to(x.device), c_n.to(x.device))
 
 
-def packed(model: Chain) -> PackedChain:
+def packed(model: Chain, fast_activations: bool = False) -> PackedChain:
     """The chain as one tensor and one operator. ValueError for another dtype than float32 and float64."""
     if model.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"expected a float32 or float64 model; got {model.dtype}; use model.float()")
-    return PackedChain(model)
+    return PackedChain(model, fast_activations=fast_activations)
 
 
-def export_torchscript(model: Chain | PackedChain, path: Path, standalone: bool = False) -> None:
+def export_torchscript(
+    model: Chain | PackedChain, path: Path, standalone: bool = False, fast_activations: bool = False
+) -> None:
     """Script, freeze and save a model.
 
     Args:
         standalone: on torch's own operators alone, for a libtorch that nobody can add a library to: any dtype and
             device, slower on a CPU.
+        fast_activations: sigmoid and tanh of LSTM layers with an absolute error of up to 1.6e-5, in less time.
 
     Raises:
-        ValueError: the model is neither float32 nor float64, unless ``standalone``; or it is quantized, and it is.
+        ValueError: the model is neither float32 nor float64, unless ``standalone``; or it is quantized, and it is;
+            or ``fast_activations`` with either, as torch's own operators have none and quantized models are packed.
     """
+    if fast_activations and (standalone or not isinstance(model, Chain)):
+        raise ValueError(
+            "expected fast_activations=False for a standalone file or a quantized model; got True; export the float "
+            "model with standalone=False"
+        )
     if standalone and not isinstance(model, Chain):
         raise ValueError("expected standalone=False for a quantized model, which has an operator of its own; got True")
     if isinstance(model, Chain) and standalone:
@@ -165,7 +181,7 @@ def export_torchscript(model: Chain | PackedChain, path: Path, standalone: bool 
         scripted = torch.jit.script(module)  # unfrozen: constants would not move between devices
     else:
         scripted = torch.jit.freeze(
-            torch.jit.script(packed(model) if isinstance(model, Chain) else model),
+            torch.jit.script(packed(model, fast_activations) if isinstance(model, Chain) else model),
             preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _PACKED + _TENSORS,
         )
     with replacing(path) as temporary:
