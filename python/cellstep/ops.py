@@ -427,24 +427,27 @@ def _layer_of_options_backward(
     return (*gradients, *nothing)
 
 
-class _Packed(torch.autograd.Function):
-    """``lstm_packed`` with the gradient that is registered for it below, at a third of the overhead: what torch.library
-    does for every call of an operator, it does in Python and argument by argument."""
+def _eager(operator: Any, setup: Callable[..., None], backward: Callable[..., _Grads]) -> Callable[..., Any]:
+    """An operator for calls in eager mode, with the gradient that is registered for it below: what torch.library does
+    for every call it does in Python and argument by argument, and that takes as long as a small layer."""
 
-    @staticmethod
-    def forward(ctx: _Ctx, *arguments: Any) -> tuple[Tensor, ...]:
-        output = torch.ops.cellstep.lstm_packed.default(*arguments)
-        _setup_packed(ctx, arguments, output)
-        return output  # type: ignore[no-any-return]
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: _Ctx, *arguments: Any) -> Any:
+            output = operator(*arguments)
+            setup(ctx, arguments, output)
+            return output
 
-    backward = staticmethod(_packed_backward)
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def call(*arguments: Any) -> Any:
+        return Eager.apply(*arguments) if torch.is_grad_enabled() else operator(*arguments)  # type: ignore[no-untyped-call]
+
+    return call
 
 
-def lstm_packed(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Call the operator in eager mode."""
-    if torch.is_grad_enabled():
-        return _Packed.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
-    return torch.ops.cellstep.lstm_packed.default(*arguments)  # type: ignore[no-any-return]
+lstm_layer = _eager(torch.ops.cellstep.lstm_layer.default, _setup_layer, _layer_backward)
+lstm_packed = _eager(torch.ops.cellstep.lstm_packed.default, _setup_packed, _packed_backward)
 
 
 def _setup_dense(ctx: _Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -626,7 +626,9 @@ class LSTM(nn.Module):
                 answers = self._stack(x.float(), h.float(), c.float(), wide, lengths, reset, batch_sizes)
                 output, h, c, cells = [answer.to(x.dtype) for answer in answers]
                 return output, h, c, cells
-            if kernels and x.dim() == 3 and self._packs(reset):
+            # Plain layers over whole rows forwards are lstm_layer's, which takes x as it lies.
+            beyond = lengths is not None or self.proj_size > 0 or self.bidirectional
+            if kernels and beyond and x.dim() == 3 and self._packs(reset):
                 return self._stack_of_rows(x, h, c, weights, lengths)
         if not kernels:
             if self._torch_can(x, lengths is not None or reset is not None):
@@ -768,6 +770,11 @@ class LSTM(nn.Module):
         return y.masked_fill(past, 0.0), h_n, c_n, cells.masked_fill(past, 0.0)
 
     @torch.jit.unused
+    def _eager_layer(self, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, h, c, _, cells = cellstep.ops.lstm_layer(*arguments)
+        return y, h, c, cells
+
+    @torch.jit.unused
     def _packed_layer(
         self,
         reverse: bool,
@@ -827,6 +834,9 @@ class LSTM(nn.Module):
             # lstm_layer answers the cells together with the gates, which memory_efficient is not to keep.
             if kernels and plain and not (want_cells and self.memory_efficient):
                 save = (torch.is_grad_enabled() and not self.memory_efficient) or want_cells
+                if not torch.jit.is_scripting():
+                    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+                        return self._eager_layer(x, h, c, p["weight_ih"], weight_hh, bias_ih, bias_hh, save)
                 y, h, c, _, cells = torch.ops.cellstep.lstm_layer(
                     x, h, c, p["weight_ih"], weight_hh, bias_ih, bias_hh, save
                 )
