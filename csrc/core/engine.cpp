@@ -690,7 +690,8 @@ const Plan<T>* make_plan(const Image& image, std::size_t steps, std::size_t batc
         stage.step.hidden_size = layer.hidden_size;
         stage.step.recurrent_size = layer.hidden_size;
         stage.step.last_unit = layer.hidden_size;
-        stage.step.weights = WeightType::full;
+        stage.step.weights = layer.weights;
+        stage.step.fast = layer.directions[0].options.fast;
         stage.step.packed = layer.directions[0].packed;
         ++index;
         for (std::size_t at = 0; at < layer.direction_count; ++at) {
