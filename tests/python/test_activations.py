@@ -169,6 +169,9 @@ for kind in ("sigmoid", "tanh"):
         digest.update(got.tobytes())
         wider = np.float64 if x.dtype == np.float32 else np.longdouble
         worst[x.dtype.type] = max(worst[x.dtype.type], t.ulps(got, t.exact(number.astype(wider), kind)))
+for dtype in (np.float32, np.float64):
+    for gate in (0, 2):
+        digest.update(t.fast_gate(np.linspace(-20, 20, 100_003).astype(dtype), gate).tobytes())
 print(runtime.instruction_set(), *worst.values(), digest.hexdigest())
 """
 
