@@ -55,7 +55,8 @@ def export_deploy(model: "Chain | PackedChain", path: Path, fast_activations: bo
     """Write the deploy file of a float32 model.
 
     Args:
-        fast_activations: sigmoid and tanh of LSTM layers with an absolute error of up to 1.6e-5, in less time.
+        fast_activations: sigmoid and tanh of LSTM layers with an absolute error of up to 1.6e-5, in less time. They
+            saturate that far from 1, so that a forget gate that is fully open loses 8e-6 of c a step.
 
     Raises:
         ValueError: another dtype; weights that are not finite; a quantized model, whose activations are settled.
