@@ -5,7 +5,8 @@ namespace python {
 
 namespace {
 
-/// Looks that a thread takes before it sleeps: some microseconds, less than it takes to wake one.
+/// Looks that a thread takes before it sleeps, some fifty microseconds: longer than a task of the engine, so that who
+/// came too late for one call is awake for the next.
 constexpr int looks = 2000;
 
 inline void pause() {

@@ -74,6 +74,22 @@ def test_a_slide_of_any_size_and_kind_of_answer(hidden, answers, tmp_path):
         assert y is None if last < 12 else np.array_equal(y, whole(other, x[last - 12 : last]))
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize(
+    "row",
+    ["plain", "bidirectional", "proj_size", "layer_norm", "coupled", "all of them at once", "a chain with all stages"],
+)
+def test_a_slide_with_narrow_weights(row, weights, tmp_path):
+    sliding = Session(exported(cellstep.quantize(make(row), weights), tmp_path))
+    other = Session(sliding.model)
+    sliding.start_slide(9)
+    # Steps of different sizes, as int8 scales each by its own.
+    x = series(120) * np.logspace(-3, 2, 120, dtype=np.float32)[:, None]
+    for last in range(1, len(x) + 1):
+        y = sliding.slide(x[last - 1])
+        assert y is None if last < 9 else np.array_equal(y, whole(other, x[last - 9 : last]))
+
+
 def test_a_slide_takes_the_window_of_the_model_and_leaves_the_stream_alone(artifacts, model, series):
     session, stream, other = (Session(artifacts[".cellstep"]) for _ in range(3))
     for last in range(1, len(series) + 1):
@@ -159,6 +175,16 @@ def test_threads_change_no_bit(name, shared):
         sliding.start_slide(len(x) - 2)
         answers = [sliding.slide(step) for step in x]
         assert np.array_equal(answers[-1], whole(other, x[2:]))
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["layers as a wavefront", "directions side by side", "units of a large layer"])
+def test_threads_change_no_bit_of_narrow_weights(name, weights, tmp_path):
+    torch.manual_seed(0)
+    path = exported(cellstep.quantize(SHARED[name][0]().eval(), weights), tmp_path)
+    x = series(SHARED[name][1])
+    alone = everything(Session(path), x)
+    assert everything(Session(path, threads=3), x) == alone
 
 
 def test_threads_are_counted(artifacts):
