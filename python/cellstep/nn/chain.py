@@ -254,14 +254,14 @@ class Chain(nn.Module):
         return y if x.dim() == 3 else y.squeeze(0)
 
     @torch.jit.unused
-    def _run_image(  # type: ignore[no-untyped-def]
+    def _run_image(
         self,
         x: Tensor,
         state: Optional[tuple[Tensor, Tensor]],
         lengths: Optional[Tensor],
         reset: Optional[Tensor],
         answers: str,
-    ):
+    ) -> Optional[tuple[Tensor, tuple[Tensor, Tensor]]]:
         """The answer on packed weights, or None where the call is anything but the plain case."""
         if not inference_only(x) or x.dim() != 3 or x.size(2) != self.input_size or x.size(1) == 0:
             return None
@@ -269,7 +269,7 @@ class Chain(nn.Module):
             return None
         weights = [*self._buffers.values()]
         for stages in (self.encoder, self.lstms, self.heads):
-            for stage in stages._modules.values():
+            for stage in stages:
                 plain = type(stage) in (LSTM, Dense) and stage.use_ops
                 if not plain or stage._forward_hooks or stage._forward_pre_hooks:
                     return None
@@ -278,7 +278,7 @@ class Chain(nn.Module):
                     return None
                 if stage.training and isinstance(stage, LSTM) and stage._random:
                     return None
-                weights += [weight for weight in stage._parameters.values() if weight is not None]
+                weights += stage._parameters.values()
         h, c = (None, None) if state is None else state
         if h is not None and c is not None:
             shapes = tuple((self.state_layers, x.size(0), size) for size in (self.h_size, self.c_size))

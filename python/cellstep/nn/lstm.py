@@ -497,7 +497,7 @@ class LSTM(nn.Module):
         if hx is not None and tuple(part.shape for part in hx) != shapes:
             return None
         h, c = (None, None) if hx is None else hx
-        if h is not None and not (h.dtype == c.dtype == x.dtype and h.is_cpu and c.is_cpu):
+        if h is not None and c is not None and not (h.dtype == c.dtype == x.dtype and h.is_cpu and c.is_cpu):
             return None
         image = packed_image(self, x.dtype, weights, self._pack)
         if image is None:

@@ -40,7 +40,7 @@ def inference_only(x: Tensor) -> bool:
 
 
 def packed_image(
-    module: nn.Module, dtype: torch.dtype, weights: Iterable[Tensor], pack: Callable[[], bytes]
+    module: nn.Module, dtype: torch.dtype, weights: Iterable[Tensor | None], pack: Callable[[], bytes]
 ) -> Tensor | None:
     """The packed weights of a module as a tensor, for as long as no byte of them changes; None if they are not packed.
 
@@ -48,8 +48,10 @@ def packed_image(
     counters do not see a write through ``.data``. Weights are packed when they are met for the second time, so that a
     loop that changes them between any two calls packs none.
     """
-    places = []
+    places: list[int] = []
     for weight in weights:
+        if weight is None:  # a bias that is not there
+            continue
         if not weight.is_cpu or weight.dtype != dtype or not weight.is_contiguous():
             return None
         places += (weight.data_ptr(), weight.nbytes)
