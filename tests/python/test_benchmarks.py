@@ -22,6 +22,7 @@ from peers import hand_written  # noqa: E402
 from programs import read_latency  # noqa: E402
 from report import Report, write_readme  # noqa: E402
 from rows import (  # noqa: E402
+    FLOAT32_PEER,
     HAND_WRITTEN,
     INFERENCE,
     MUST_REACH,
@@ -209,10 +210,14 @@ def test_the_peak_the_floor_and_a_limit():
 
 def test_what_was_not_measured_is_missed_with_the_reason():
     name = "1, 100, 64, 512, 1, int8"
-    assert not judged(name, None)["best peer"].met
+    assert not judged(name, None)[FLOAT32_PEER].met
     failed = Result(name, reasons={"OpenVINO": "is not installed", "cellstep Session": "no such thing yet"})
-    verdict = judged(name, failed)["best peer"]
+    verdict = judged(name, failed)[FLOAT32_PEER]
     assert not verdict.met and verdict.reason == "no such thing yet"
+    measured = result(name, ratios={"ONNX Runtime": 3.0})
+    assert not judged(name, measured)[FLOAT32_PEER].met
+    measured.extra[FLOAT32_PEER] = 3.5
+    assert judged(name, measured)[FLOAT32_PEER].met
     name = "1, 5, 10, 50, 2"
     verdict = judged(name, result(name, reasons={"ONNX Runtime": "is not installed"}))["ONNX Runtime"]
     assert not verdict.met and verdict.reason == "is not installed"
