@@ -78,6 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_stack(Tensor image, Tensor x, std::optio
 /// image: as above; x (N, T, I), h (S, N, h_size) and c (S, N, c_size), or the initial state -> y (N, T, O),
 /// or (N, O) unless every step is answered, and the state after the last step. `answers` as core/image.h numbers them.
 /// lengths (N) int64: the steps of each row; reset (N, T) bool: rows to put to the initial state before the step.
+/// x (N, I) -> y (N, O) is one step, with answers 0 and neither of the two.
 std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, std::optional<Tensor> h, std::optional<Tensor> c,
                                              std::int64_t output_size, std::int64_t answers,
                                              std::optional<Tensor> lengths, std::optional<Tensor> reset);

@@ -96,22 +96,27 @@ inline void check_mask(const char* op, const char* name, const Tensor& mask,
     check_argument(op, name, mask, mask, sizes);
 }
 
+/// Dimensions of a tensor that is allocated here.
+constexpr std::size_t max_dims = 8;
+
 /// An uninitialised contiguous tensor of x's dtype, straight from the allocator and past the dispatcher.
-inline Tensor empty(const Tensor& x, std::initializer_list<std::int64_t> sizes) {
-    std::int64_t strides[8];
+inline Tensor empty(const Tensor& x, std::size_t dims, const std::int64_t* sizes) {
+    std::int64_t strides[max_dims];
     std::int64_t stride = 1;
-    const std::size_t dims = sizes.size();
     for (std::size_t dim = dims; dim-- > 0;) {
         strides[dim] = stride;
-        const std::int64_t size = sizes.begin()[dim];
-        stride *= size > 0 ? size : 1;
+        stride *= sizes[dim] > 0 ? sizes[dim] : 1;
     }
     std::int32_t dtype = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(dims), sizes.begin(), strides,
-                                                           dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(dims), sizes, strides, dtype,
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
+}
+
+inline Tensor empty(const Tensor& x, std::initializer_list<std::int64_t> sizes) {
+    return empty(x, sizes.size(), sizes.begin());
 }
 
 inline Tensor zeros(const Tensor& x, std::initializer_list<std::int64_t> sizes) {
@@ -126,7 +131,17 @@ inline Tensor as_contiguous(const Tensor& tensor) {
 }
 
 /// A contiguous copy, also of a tensor that is contiguous already.
-inline Tensor copy_of(const Tensor& tensor) { return torch::stable::clone(as_contiguous(tensor)); }
+inline Tensor copy_of(const Tensor& tensor) {
+    const std::size_t dims = static_cast<std::size_t>(tensor.dim());
+    if (!tensor.is_contiguous() || dims > max_dims) return torch::stable::clone(as_contiguous(tensor));
+    std::int64_t sizes[max_dims];
+    for (std::size_t dim = 0; dim < dims; ++dim) sizes[dim] = tensor.size(static_cast<std::int64_t>(dim));
+    const Tensor copy = empty(tensor, dims, sizes);
+    const std::size_t bytes =
+        static_cast<std::size_t>(tensor.numel()) * static_cast<std::size_t>(tensor.element_size());
+    if (bytes > 0) std::memcpy(copy.mutable_data_ptr(), tensor.const_data_ptr(), bytes);
+    return copy;
+}
 
 template <class T>
 const T* data(const Tensor& tensor) {

@@ -202,9 +202,9 @@ def _(
     lengths: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, t, _ = x.shape
+    shape = (*x.shape[:-1], output_size) if answers == 0 else (x.shape[0], output_size)
     return (
-        x.new_empty((n, t, output_size) if answers == 0 else (n, output_size)),
+        x.new_empty(shape),
         torch.empty_like(h, memory_format=torch.contiguous_format),
         torch.empty_like(c, memory_format=torch.contiguous_format),
     )

@@ -13,7 +13,8 @@ namespace ops {
 
 namespace {
 
-/// x (N, T, I), h and c, updated in place, and y (N, T, O) or (N, O), from row `first` and step `begin` on.
+/// Of x (N, T, I), or (N, I) for one step, of h and c, updated in place, and of y (N, T, O) or (N, O): from row `first`
+/// and step `begin` on.
 struct Window {
     std::size_t first;
     std::size_t rows;
@@ -29,12 +30,13 @@ void run_window(const core::Image& image, const Tensor& x, const Tensor& h, cons
     const auto first = static_cast<std::ptrdiff_t>(window.first);
     const auto begin = static_cast<std::ptrdiff_t>(window.begin);
     const bool every = y.dim() == 3;
+    const std::int64_t step_stride = x.dim() == 3 ? x.stride(1) : 0;
     const auto memory = scratch<T>(core::model_scratch<T>(image, window.steps, window.rows, parallel));
     core::run_model<T>(
         image,
         {window.steps,
          window.rows,
-         {data<T>(x) + first * x.stride(0) + begin * x.stride(1), x.stride(1), x.stride(0), x.stride(2)},
+         {data<T>(x) + first * x.stride(0) + begin * step_stride, step_stride, x.stride(0), x.stride(x.dim() - 1)},
          size(x, 0),
          mutable_data<T>(h) + window.first * header.h_size,
          mutable_data<T>(c) + window.first * header.c_size,
@@ -142,6 +144,30 @@ Tensor in_order(const Tensor& tensor, std::int64_t dim, const std::vector<std::i
     return target;
 }
 
+void check_output_size(const char* op, const core::Image& model, std::int64_t output_size) {
+    if (output_size != static_cast<std::int64_t>(model.header().output_size))
+        fail(op, ": expected output_size ", model.header().output_size, " as the model has, got ", output_size);
+}
+
+/// One step of streams, x (N, I) -> y (N, O): a stream of batch 1 would feel the views that make a sequence of it.
+std::tuple<Tensor, Tensor, Tensor> run_step(const char* op, const Tensor& image, const Tensor& x,
+                                            const std::optional<Tensor>& h, const std::optional<Tensor>& c,
+                                            std::int64_t output_size, std::int64_t answers, bool more) {
+    check_input(op, "x", x, 2);
+    const core::Image model = opened(op, image, x);
+    check_output_size(op, model, output_size);
+    if (answers != 0 || more) fail(op, ": expected answers 0, no lengths and no reset with x of one step");
+    const std::int64_t batch = x.size(0);
+    check_argument(op, "x", x, x, {batch, model.header().input_size});
+    const auto [h_n, c_n] = begin_state(op, model, x, batch, h, c);
+    const Tensor y = empty(x, {batch, output_size});
+    const Threads threads;
+    const auto kernel = is_float(x) ? run_window<float> : run_window<double>;
+    kernel(model, x, h_n, c_n, y, core::Answers::every, std::nullopt, {0, static_cast<std::size_t>(batch), 0, 1},
+           threads.get());
+    return {y, h_n, c_n};
+}
+
 /// (N, T, K) for a (T, N, K), or back, in the same memory.
 Tensor swapped(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
 
@@ -170,11 +196,11 @@ std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, std::option
                                              std::int64_t output_size, std::int64_t answers,
                                              std::optional<Tensor> lengths, std::optional<Tensor> reset) {
     const char* op = "run_model";
+    if (x.dim() == 2) return run_step(op, image, x, h, c, output_size, answers, lengths || reset);
     check_input(op, "x", x, 3);
     const core::Image model = opened(op, image, x);
     const core::ImageHeader& header = model.header();
-    if (output_size != static_cast<std::int64_t>(header.output_size))
-        fail(op, ": expected output_size ", header.output_size, " as the model has, got ", output_size);
+    check_output_size(op, model, output_size);
     if (answers < 0 || answers > static_cast<std::int64_t>(core::Answers::hidden))
         fail(op, ": expected answers 0 (every), 1 (last) or 2 (hidden), got ", answers);
     const std::int64_t batch = x.size(0);

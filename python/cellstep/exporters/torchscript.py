@@ -111,8 +111,7 @@ class PackedChain(nn.Module):
 
     @torch.jit.export
     def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y, state = self._run(x.unsqueeze(-2), state[0], state[1], 0, None, None)
-        return y.squeeze(-2), state
+        return self._run(x, state[0], state[1], 0, None, None)
 
     @torch.jit.export
     def initial_state(self, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +129,7 @@ class PackedChain(nn.Module):
             raise RuntimeError("expected an input without gradient; packed weights have none; train the float model")
         if lengths is not None:
             lengths = lengths.to(torch.int64)
-        if x.device == torch.device("cpu"):
+        if x.is_cpu:
             y, h, c = torch.ops.cellstep.run_model(self.image, x, h, c, self.output_size, answers, lengths, reset)
             return y, (h, c)
         y, h_n, c_n = torch.ops.cellstep.run_model(
