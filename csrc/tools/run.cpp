@@ -124,8 +124,8 @@ protected:
 class ScriptRunner : public LibtorchRunner {
 public:
     explicit ScriptRunner(const Options& options) {
-        // The executor without profiles: the one with them recompiles while it watches, and the older one compares every
-        // argument's type in every call. For a graph of one operator neither makes a later call faster.
+        // The executor without profiles: the one with them recompiles while it watches, and the older one compares
+        // every argument's type in every call. For a graph of one operator neither makes a later call faster.
         torch::jit::getProfilingMode() = false;
         torch::jit::getExecutorMode() = true;
         const std::string& path = options.model;
