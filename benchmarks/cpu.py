@@ -39,7 +39,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 def effort_of(quick: bool, threads: int) -> Effort:
-    rest = 0.005 if threads > 1 else 0.0
+    rest = 0.05 if threads > 1 else 0.0
     return Effort(seconds=0.1, fewest=3, block=2e-3, rest=rest) if quick else Effort(rest=rest)
 
 

@@ -140,6 +140,9 @@ constexpr std::size_t chunk_values = 1u << 16;
 /// Steps from which on a longer chunk saves nothing.
 constexpr std::size_t longest_chunk = 64;
 
+/// Steps of a chunk where each layer's weights push those of the others out of the cache: the next layer's come back
+/// but once in so many steps.
+constexpr std::size_t chunk_of_large_layers = 16;
 /// Multiply-adds that are worth waking another thread for, some 20 us of work.
 constexpr std::size_t worth_a_thread = 1u << 20;
 /// Multiply-adds that take as long as what a step of a layer does beside them.
@@ -186,7 +189,8 @@ struct Layout {
             if (kind_of(record) == RecordKind::dense) widest = larger(widest, size);
             if (kind_of(record) != RecordKind::lstm) continue;
             const bool gives_cells = record.flags & LayerFlags::cells;
-            widest = larger(widest, (gives_cells ? 4 : 2) * size);
+            const std::size_t directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
+            widest = larger(widest, (gives_cells ? 2 : 1) * directions * size);
             units = larger(units, size);
             if (gives_cells) units_with_cells = larger(units_with_cells, size);
             const std::size_t count =
@@ -199,6 +203,7 @@ struct Layout {
         const std::size_t kept = chunk_values / (batch * widest);
         chunk = batch < chunk_rows ? chunk_rows / batch : 1;
         if (chunk < kept) chunk = kept < longest_chunk ? kept : longest_chunk;
+        if (most > cached_weights && chunk < chunk_of_large_layers) chunk = chunk_of_large_layers;
         if (bidirectional || steps < chunk) chunk = steps;
         std::size_t longest = chunk;
         if (parallel && parallel->threads > 1) {
