@@ -124,8 +124,7 @@ def test_no_device_is_baked_into_an_artifact(tmp_path, standalone):
     cellstep.export(make_forecaster(3, 5), tmp_path / "model.pt", standalone=standalone)
     module = torch.jit.load(tmp_path / "model.pt")
     code = "".join(str(part.inlined_graph) for part in (module.forward, module.run, module.step, module.initial_state))
-    # The packed model asks whether it is on the CPU, where its operator is.
-    assert set(re.findall(r'Device = prim::Constant\[value="(\w+)', code)) == (set() if standalone else {"cpu"})
+    assert not re.findall(r"Device = prim::Constant", code)
     assert not [value for value in re.findall(r"prim::Constant\[value=(\S+)", code) if "Tensor" in value]
     moved = torch.jit.load(tmp_path / "model.pt", map_location="meta")
     assert {buffer.device.type for buffer in (*moved.buffers(), *moved.parameters())} == {"meta"}
