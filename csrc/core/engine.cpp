@@ -631,10 +631,15 @@ void run_rows(const Plan<T>& plan, const ModelRun<T>& run, const Parallel* paral
     }
 }
 
+template <class T>
+std::size_t bytes_of_plan(std::size_t layers) {
+    return sizeof(Plan<T>) + layers * sizeof(Stage<T>);
+}
+
 /// Values that a plan takes at the begin of scratch memory of unknown alignment.
 template <class T>
 std::size_t plan_values(std::size_t layers) {
-    return whole_lines<T>((sizeof(Plan<T>) + layers * sizeof(Stage<T>)) / sizeof(T) + 1) + 64 / sizeof(T);
+    return whole_lines<T>(bytes_of_plan<T>(layers) / sizeof(T) + 1) + 64 / sizeof(T);
 }
 
 }  // namespace
@@ -649,7 +654,7 @@ template <class T>
 std::size_t plan_bytes(const Image& image) {
     std::size_t layers = 0;
     for (const ImageRecord& record : image) layers += kind_of(record) == RecordKind::lstm;
-    return sizeof(Plan<T>) + layers * sizeof(Stage<T>);
+    return bytes_of_plan<T>(layers);
 }
 
 template <class T>

@@ -240,12 +240,11 @@ std::tuple<Tensor, Tensor, Tensor> run_model(Tensor image, Tensor x, std::option
     const Tensor x_sorted = in_order(x, 0, order);
     const Tensor h_sorted = in_order(h_n, 1, order);
     const Tensor c_sorted = in_order(c_n, 1, order);
-    Tensor y_sorted = in_order(y, 0, order);
     const std::optional<Tensor> reset_sorted = reset ? std::optional(in_order(*reset, 0, order)) : std::nullopt;
     const auto kernel = is_float(x) ? run_ragged<float> : run_ragged<double>;
-    kernel(model, x_sorted, h_sorted, c_sorted, y_sorted, kind, sorted, reset_sorted, threads.get());
+    kernel(model, x_sorted, h_sorted, c_sorted, y, kind, sorted, reset_sorted, threads.get());
     const std::vector<std::int64_t> back = inverse(order);
-    return {in_order(y_sorted, 0, back), in_order(h_sorted, 1, back), in_order(c_sorted, 1, back)};
+    return {in_order(y, 0, back), in_order(h_sorted, 1, back), in_order(c_sorted, 1, back)};
 }
 
 }  // namespace ops
