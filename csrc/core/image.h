@@ -64,7 +64,7 @@ enum class ImageStatus {
     dtype = 9,
     nonfinite = 10,
     alignment = 11,
-    newer = 14,
+    newer = 17,
 };
 
 /// One line on what a status means and what to do; null for ok and argument, which need none.
@@ -163,9 +163,12 @@ private:
 /// Errors: argument, alignment (8 bytes), magic, version, newer, length, format, dtype.
 ImageStatus open_image(const void* data, std::size_t size, Image* image);
 
-/// Checks the checksum, then that every weight and scale is finite, that int8 weights are what pack.h says and that
-/// names are UTF-8. Errors: checksum, nonfinite, format.
-ImageStatus check_values(const Image& image);
+/// Values that a caller takes.
+enum class Values { finite, any };
+
+/// Checks the checksum, then that every weight and scale is finite, unless any will do, that int8 weights are what
+/// pack.h says and that names are UTF-8. Errors: checksum, nonfinite, format.
+ImageStatus check_values(const Image& image, Values values = Values::finite);
 
 }  // namespace core
 }  // namespace cellstep
