@@ -107,14 +107,14 @@ private:
 /// Whether a caller's memory will do for `required` bytes, which are 0 if there is no such thing.
 cellstep_status memory_fits(const void* memory, std::size_t memory_size, std::size_t required);
 
-std::size_t h_count(const cellstep_model* model);
-std::size_t c_count(const cellstep_model* model);
+std::size_t h_count(const cellstep_model* model) CELLSTEP_NONBLOCKING;
+std::size_t c_count(const cellstep_model* model) CELLSTEP_NONBLOCKING;
 inline std::size_t state_count(const cellstep_model* model) { return h_count(model) + c_count(model); }
 
 /// Cuts the parts of `work`, which knows its steps, rows and threads.
 void place(Parts& parts, const core::Image& image, Work& work);
 /// Writes the plan of a work whose parts are there.
-void make_plan(const core::Image& image, Work& work);
+void make_plan(const core::Image& image, Work& work) CELLSTEP_NONBLOCKING;
 
 /// Steps that a call of a session passes through its layers at once where the caller does not say.
 std::size_t own_steps(const core::Image& image);

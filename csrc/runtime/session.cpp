@@ -67,11 +67,13 @@ void place(Parts& parts, const cellstep_model* model, std::size_t window, Slide&
     slide.state = parts.values(state_count(model));
 }
 
-cellstep_status reserve(cellstep_session* session, std::size_t steps) {
+cellstep_status reserve(cellstep_session* session, std::size_t steps) CELLSTEP_NONBLOCKING {
     const Image& image = session->model->image;
     if (steps <= session->work.steps || !is_bidirectional(image)) return CELLSTEP_OK;
 #if !defined(CELLSTEP_NO_HEAP)
-    if (session->on_heap) return cellstep::runtime::remake(image, session->work, steps, session->work.parallel);
+    CELLSTEP_UNCHECKED_BEGIN  // the one call that allocates, as its declaration says
+        if (session->on_heap) return cellstep::runtime::remake(image, session->work, steps, session->work.parallel);
+    CELLSTEP_UNCHECKED_END
 #endif
     return CELLSTEP_ERROR_STEPS;
 }
