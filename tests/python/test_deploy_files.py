@@ -52,22 +52,8 @@ class File:
 
     HEADER = "<8sIIQ10I"
     RECORD = "<8I4Q"
-    NAMES = [
-        "magic",
-        "version",
-        "checksum",
-        "length",
-        "records",
-        "dtype",
-        "inputs",
-        "outputs",
-        "layers",
-        "h",
-        "c",
-        "window",
-        "horizon",
-        "answers",
-    ]
+    NAMES = ("magic", "version", "checksum", "length", "records", "dtype", "inputs", "outputs", "layers", "h", "c")
+    NAMES += ("window", "horizon", "answers")
 
     @classmethod
     def of(cls, data):
