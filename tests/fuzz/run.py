@@ -59,7 +59,8 @@ def run(command) -> None:
 def inputs(name: str) -> list[Path]:
     """Folders of what is kept: inputs that reach much, findings, and for the loader the models."""
     folders = [HERE / "corpus" / name, HERE / "findings" / name]
-    return folders + ([HERE / "models"] if name == "load" else [])
+    folders += [HERE / "models"] if name == "load" else []
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def fuzz(folder: Path, name: str, seconds: float) -> dict:
