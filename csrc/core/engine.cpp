@@ -210,7 +210,7 @@ struct Layout {
         Count longest = chunk;
         if (parallel && parallel->threads > 1) {
             const bool cached = most <= cached_weights;
-            if (batch >= 2 * parallel->threads && cached && most * batch * steps >= 2 * worth_a_thread) {
+            if (batch / 2 >= parallel->threads && cached && most * batch * steps >= 2 * worth_a_thread) {
                 row_shares = parallel->threads;
             } else if (!bidirectional && layers > 1 && cached) {
                 wave = static_cast<std::size_t>(worth_a_thread / ((least + beside_a_step) * batch) + 1);

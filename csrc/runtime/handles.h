@@ -40,7 +40,8 @@ struct Slide {
     float* slots;        ///< (2 window, size): each step twice, a window apart, so that wherever the newest lies the
                          ///< last `window` steps lie one behind the other
     float* state;        ///< h, then c
-    void* block;         ///< of the heap, or null
+    void* block;         ///< of the heap, or null; kept while a window lies in the caller's memory
+    std::size_t block_size;
 };
 
 }  // namespace runtime

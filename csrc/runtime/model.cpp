@@ -57,6 +57,7 @@ const char* cellstep_status_text(cellstep_status status) {
         case CELLSTEP_ERROR_DTYPE:
         case CELLSTEP_ERROR_NONFINITE:
         case CELLSTEP_ERROR_ALIGNMENT:
+        case CELLSTEP_ERROR_NEWER:
             return cellstep::core::image_status_text(static_cast<ImageStatus>(status));
         case CELLSTEP_ERROR_SELFTEST:
             return "the test vector in the file gives other numbers here: report this machine and compiler";
