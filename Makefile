@@ -3,6 +3,8 @@
 #   make test   all checks and tests
 # and a third measures:
 #   make bench  cellstep beside its peers on this machine's CPU; exit code 1 where a row falls short
+# and a fourth looks for what breaks, with clang's libFuzzer:
+#   make fuzz   FUZZ_SECONDS of each fuzzer
 # PYTHON picks the interpreter. TORCH picks the torch to install: pip takes a CPU build of it where it can find one.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
 CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo test bench venv lint format clean
+.PHONY: demo test bench fuzz venv lint format clean
 
 venv: .venv/.installed
 
@@ -48,6 +50,10 @@ bench: .venv/.bench
 .venv/.bench: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[bench]"
 	@touch $@
+
+FUZZ_SECONDS ?= 60
+fuzz: venv
+	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -9,6 +9,11 @@
 #error "deploy files are little-endian and read in place: a big-endian target is not supported"
 #endif
 
+// Rounding to whole numbers in the activations and sums of two parts rely on it; x87 registers gave errors of 0.3.
+#if defined(__FLT_EVAL_METHOD__) && (__FLT_EVAL_METHOD__ < 0 || __FLT_EVAL_METHOD__ == 1 || __FLT_EVAL_METHOD__ == 2)
+#error "each float and double must be rounded to its own precision: on 32-bit x86 build with -msse2 -mfpmath=sse"
+#endif
+
 namespace cellstep {
 namespace core {
 
@@ -112,6 +117,24 @@ std::uint64_t expected_length(const ImageHeader& header, const ImageRecord& reco
     return 0;
 }
 
+/// UTF-8 as RFC 3629 has it: no code point longer than it must be, no surrogates, none past U+10FFFF.
+bool is_utf8(const unsigned char* at, std::uint64_t length) {
+    static constexpr std::uint32_t least[] = {0, 0x80, 0x800, 0x10000};  // code point of a lead and so many bytes more
+    for (const unsigned char* const end = at + length; at != end;) {
+        const unsigned char lead = *at++;
+        if (lead < 0x80) continue;
+        const int more = lead >= 0xf0 ? 3 : lead >= 0xe0 ? 2 : 1;
+        if (lead < 0xc0 || lead > 0xf4 || end - at < more) return false;
+        std::uint32_t code = lead & (0x3f >> more);
+        for (int k = 0; k < more; ++k, ++at) {
+            if ((*at & 0xc0) != 0x80) return false;
+            code = code << 6 | (*at & 0x3f);
+        }
+        if (code < least[more] || code > 0x10ffff || code >> 11 == 0xd800 >> 11) return false;
+    }
+    return true;
+}
+
 /// Exactly `count` names, each ended by a zero byte, fill the data.
 bool names_are_whole(const char* data, std::uint64_t length, std::uint32_t count) {
     std::uint64_t ends = 0;
@@ -158,27 +181,30 @@ bool state_fits(const Image& image) {
     return header.state_layers == 1 && header.h_size == h_values && header.c_size == c_values;
 }
 
-bool columns_fit(const ImageHeader& header, const unsigned char* data) {
-    for (std::uint32_t k = 0; k < header.output_size; ++k) {
+bool columns_fit(std::uint32_t input_size, const unsigned char* data, std::uint32_t count) {
+    for (std::uint32_t k = 0; k < count; ++k) {
         std::uint32_t column = 0;
         std::memcpy(&column, data + sizeof(column) * k, sizeof(column));
-        if (column >= header.input_size) return false;
+        if (column >= input_size) return false;
     }
     return true;
 }
 
 bool records_fit(const Image& image, const unsigned char* bytes) {
     const ImageHeader& header = image.header();
-    const std::uint64_t data_begin = sizeof(ImageHeader) + std::uint64_t{header.record_count} * sizeof(ImageRecord);
+    std::uint64_t end =
+        sizeof(ImageHeader) + std::uint64_t{header.record_count} * sizeof(ImageRecord);  // of all so far
     std::uint64_t width = header.input_size;  // values of a step, as they pass from record to record
     int last_stage = 0;
     std::uint32_t seen = 0;
     for (const ImageRecord& record : image) {
         if (record.kind == 0 || record.kind > static_cast<std::uint32_t>(RecordKind::skip)) return false;
         if (record.zeros[0] || record.zeros[1]) return false;
-        if (record.offset % data_alignment || record.offset < data_begin || record.offset > header.length) return false;
-        if (record.length > header.length - record.offset) return false;
+        // Each begins where the one before it ends, so that none overlap and none lie outside.
+        end = (end + data_alignment - 1) / data_alignment * data_alignment;
+        if (record.offset != end || end > header.length || record.length > header.length - end) return false;
         if (record.length == 0 || record.length != expected_length(header, record)) return false;
+        end += record.length;
 
         const auto kind = static_cast<RecordKind>(record.kind);
         const bool repeats = kind == RecordKind::lstm || kind == RecordKind::dense;
@@ -195,7 +221,8 @@ bool records_fit(const Image& image, const unsigned char* bytes) {
                 if ((record.flags & LayerFlags::residual) && output != width) return false;
                 width = output + (record.flags & LayerFlags::cells ? record.sizes[1] * directions : 0);
             }
-            if (kind == RecordKind::skip && !columns_fit(header, bytes + record.offset)) return false;
+            if (kind == RecordKind::skip && !columns_fit(header.input_size, bytes + record.offset, record.sizes[0]))
+                return false;
         } else if (kind == RecordKind::feature_names || kind == RecordKind::output_names) {
             const std::uint32_t count = kind == RecordKind::feature_names ? header.input_size : header.output_size;
             if (record.sizes[0] != count) return false;
@@ -203,7 +230,7 @@ bool records_fit(const Image& image, const unsigned char* bytes) {
                 return false;
         }
     }
-    return state_fits(image) && width == header.output_size;
+    return state_fits(image) && width == header.output_size && end == header.length;
 }
 
 /// Bitwise by nibbles: sixteen table entries are small enough for a microcontroller.
@@ -230,8 +257,9 @@ bool all_finite(const unsigned char* bytes, std::uint64_t length, Bits exponent)
     return true;
 }
 
-ImageStatus check_floats(const unsigned char* bytes, std::uint64_t length) {
-    return all_finite<std::uint32_t>(bytes, length, 0x7f800000u) ? ImageStatus::ok : ImageStatus::nonfinite;
+ImageStatus check_floats(Values values, const unsigned char* bytes, std::uint64_t length) {
+    if (values == Values::any || all_finite<std::uint32_t>(bytes, length, 0x7f800000u)) return ImageStatus::ok;
+    return ImageStatus::nonfinite;
 }
 
 /// The weights of one part of an int8 panel: none is -128, whose negative would not fit, and every column's sum is the
@@ -255,10 +283,10 @@ bool int8_weights_fit(const unsigned char* weights, std::uint64_t groups, std::s
 }
 
 /// The narrow weights of one direction.
-ImageStatus check_narrow(WeightType type, const unsigned char* packed, std::size_t inputs, std::size_t units,
-                         std::size_t recurrent) {
+ImageStatus check_narrow(Values values, WeightType type, const unsigned char* packed, std::size_t inputs,
+                         std::size_t units, std::size_t recurrent) {
     ImageStatus status = ImageStatus::ok;
-    if (type == WeightType::int8) status = check_floats(packed, int8_factor_bytes(inputs));
+    if (type == WeightType::int8) status = check_floats(values, packed, int8_factor_bytes(inputs));
     const unsigned char* panel = first_panel(type, packed, inputs);
     std::size_t width = 0;
     for (std::size_t unit = 0; unit < units && status == ImageStatus::ok; unit += width) {
@@ -266,7 +294,7 @@ ImageStatus check_narrow(WeightType type, const unsigned char* packed, std::size
         const std::size_t columns = gate_count * width;
         const unsigned char* rows = panel;
         panel += panel_stride<float>(type, width, inputs, recurrent);
-        status = check_floats(rows, columns * (type == WeightType::int8 ? 12 : 4));
+        status = check_floats(values, rows, columns * (type == WeightType::int8 ? 12 : 4));
         if (type == WeightType::int8) {
             const unsigned char* begin = rows + 12 * columns;
             const unsigned char* weights = begin + 8 * columns;
@@ -274,7 +302,8 @@ ImageStatus check_narrow(WeightType type, const unsigned char* packed, std::size
             if (!int8_weights_fit(weights, groups, columns, begin) ||
                 !int8_weights_fit(weights + 4 * groups * columns, int8_groups(recurrent), columns, begin + 4 * columns))
                 status = ImageStatus::format;
-        } else if (!all_finite<std::uint16_t>(rows + 4 * columns, 2 * columns * (inputs + recurrent),
+        } else if (values == Values::finite &&
+                   !all_finite<std::uint16_t>(rows + 4 * columns, 2 * columns * (inputs + recurrent),
                                               type == WeightType::bfloat16 ? 0x7f80 : 0x7c00)) {
             status = ImageStatus::nonfinite;
         }
@@ -283,19 +312,20 @@ ImageStatus check_narrow(WeightType type, const unsigned char* packed, std::size
 }
 
 /// A float32 LSTM record with narrow weights.
-ImageStatus check_narrow_record(const ImageHeader& header, const ImageRecord& record, const unsigned char* data) {
+ImageStatus check_narrow_record(Values values, const ImageHeader& header, const ImageRecord& record,
+                                const unsigned char* data) {
     const std::size_t recurrent = record.sizes[2] ? record.sizes[2] : record.sizes[1];
     const std::uint64_t options = 4 * option_values(record);
     const std::uint64_t packed = direction_bytes(header, record);
     const int directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
     const unsigned char* at = data;
     for (int direction = 0; direction < directions; ++direction) {
-        ImageStatus status = check_narrow(weight_type(record), at, record.sizes[0], record.sizes[1], recurrent);
-        if (status == ImageStatus::ok) status = check_floats(at + packed, options);
+        ImageStatus status = check_narrow(values, weight_type(record), at, record.sizes[0], record.sizes[1], recurrent);
+        if (status == ImageStatus::ok) status = check_floats(values, at + packed, options);
         if (status != ImageStatus::ok) return status;
         at += packed + options;
     }
-    return check_floats(at, 12);
+    return check_floats(values, at, 12);
 }
 
 }  // namespace
@@ -309,8 +339,10 @@ const char* image_status_text(ImageStatus status) {
             return "expected a deploy file, which begins with CELLSTEP: export one with cellstep.export(model, "
                    "\"m.cellstep\")";
         case ImageStatus::version:
-            return "expected a deploy file of version 3: export the model again, with a cellstep of the same age as "
-                   "this one";
+            return "the file is older than this library, which reads version 3: export the model again";
+        case ImageStatus::newer:
+            return "the file is newer than this library, which reads version 3: update the library, or export the "
+                   "model with a cellstep of the library's age";
         case ImageStatus::length:
             return "the file is shorter or longer than its header says: copy or export it again";
         case ImageStatus::checksum:
@@ -353,7 +385,8 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image) {
     Image candidate;
     candidate.bytes_ = bytes;
     const ImageHeader& header = candidate.header();
-    if (header.version != current_version) return ImageStatus::version;
+    if (header.version > current_version) return ImageStatus::newer;
+    if (header.version < current_version) return ImageStatus::version;
     if (header.length != size) return ImageStatus::length;
     if (header.dtype > static_cast<std::uint32_t>(DataType::float64)) return ImageStatus::dtype;
     const std::uint32_t sizes[] = {header.input_size, header.output_size, header.state_layers, header.h_size,
@@ -368,7 +401,7 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image) {
     return ImageStatus::ok;
 }
 
-ImageStatus check_values(const Image& image) {
+ImageStatus check_values(const Image& image, Values values) {
     const ImageHeader& header = image.header();
     const unsigned char* bytes = reinterpret_cast<const unsigned char*>(&header);
     constexpr std::size_t checksum_at = offsetof(ImageHeader, checksum);
@@ -381,12 +414,17 @@ ImageStatus check_values(const Image& image) {
 
     for (const ImageRecord& record : image) {
         const auto kind = static_cast<RecordKind>(record.kind);
-        if (kind == RecordKind::feature_names || kind == RecordKind::output_names || kind == RecordKind::skip) continue;
+        if (kind == RecordKind::skip) continue;
+        if (kind == RecordKind::feature_names || kind == RecordKind::output_names) {
+            if (!is_utf8(bytes + record.offset, record.length)) return ImageStatus::format;
+            continue;
+        }
         if (kind == RecordKind::lstm && weight_type(record) != WeightType::full) {
-            const ImageStatus status = check_narrow_record(header, record, bytes + record.offset);
+            const ImageStatus status = check_narrow_record(values, header, record, bytes + record.offset);
             if (status != ImageStatus::ok) return status;
             continue;
         }
+        if (values == Values::any) continue;
         const bool finite = value_bytes(header) == 8
                                 ? all_finite<std::uint64_t>(bytes + record.offset, record.length, 0x7ff0000000000000u)
                                 : all_finite<std::uint32_t>(bytes + record.offset, record.length, 0x7f800000u);

@@ -92,14 +92,18 @@ constexpr std::size_t chunk_rows = 64;
 /// With fewer rows than this in a batch the input projection of a chunk is one product.
 constexpr std::size_t rows_without_chunks = 6;
 
-std::size_t chunk_steps(std::size_t steps, std::size_t batch) {
+template <class Count>
+Count chunk_steps(Count steps, Count batch) {
     if (batch >= rows_without_chunks || batch == 0) return 1;
-    const std::size_t chunk = chunk_rows / batch;
+    const Count chunk = chunk_rows / batch;
     return steps < chunk ? steps : chunk;
 }
 
 /// Values that one step of some rows wants: the sums of a panel, and its weights where they are widened.
-std::size_t step_scratch(std::size_t rows, std::size_t depth) { return 64 * (rows + depth); }
+template <class Count>
+Count step_scratch(Count rows, Count depth) {
+    return 64 * (rows + depth);
+}
 
 /// Threads that a step is shared between, by units: its work must be worth waking them for.
 std::size_t step_shares(const Parallel* parallel, std::size_t rows, std::size_t hidden_size, std::size_t depth) {
@@ -165,28 +169,31 @@ void run_step(const Step<T>& step, std::size_t shares, const Parallel* parallel)
 
 }  // namespace
 
-std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size,
-                          const Parallel* parallel) {
-    const std::size_t rows = chunk_steps(steps, batch) * batch;
-    return rows * (gate_count * padded_size(hidden_size) + input_size) + 2 * batch * hidden_size +
-           step_shares(parallel, batch, hidden_size, input_size + hidden_size) *
-               step_scratch(rows, input_size + hidden_size);
+std::uint64_t layer_scratch(std::uint64_t steps, std::uint64_t batch, std::uint64_t input_size,
+                            std::uint64_t hidden_size, const Parallel* parallel) {
+    const std::uint64_t rows = chunk_steps(steps, batch) * batch;
+    const std::size_t units = static_cast<std::size_t>(hidden_size);
+    const std::uint64_t shares =
+        step_shares(parallel, static_cast<std::size_t>(batch), units, static_cast<std::size_t>(input_size) + units);
+    return rows * (gate_count * padded_size(units) + input_size) + 2 * batch * hidden_size +
+           shares * step_scratch(rows, input_size + hidden_size);
 }
 
-std::size_t variant_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size) {
+std::uint64_t variant_scratch(std::uint64_t steps, std::uint64_t batch, std::uint64_t input_size,
+                              std::uint64_t hidden_size) {
     // Gate sums of a step, c, both parts of o and h before the projection, twice h behind it, which is no larger, and
     // the weights of a panel where they are widened.
-    return steps * batch * (gate_count * padded_size(hidden_size) + input_size) +
-           batch * (gate_count * padded_size(hidden_size) + 6 * hidden_size) + 64 * (input_size + hidden_size);
+    const std::uint64_t sums = gate_count * padded_size(static_cast<std::size_t>(hidden_size));
+    return steps * batch * (sums + input_size) + batch * (sums + 6 * hidden_size) + 64 * (input_size + hidden_size);
 }
 
 template <class T>
-void layer_step(const Step<T>& step, const Parallel* parallel) {
+void layer_step(const Step<T>& step, const Parallel* parallel) CELLSTEP_NONBLOCKING {
     run_step(step, step_shares(parallel, step.rows, step.hidden_size, step.input_size + step.recurrent_size), parallel);
 }
 
 template <class T>
-void layer_forward(const LayerForward<T>& layer, T* scratch) {
+void layer_forward(const LayerForward<T>& layer, T* scratch) CELLSTEP_NONBLOCKING {
     const FlushDenormals flush;
     const std::size_t units = layer.hidden_size;
     const std::size_t depth = layer.input_size + units;
@@ -255,13 +262,13 @@ void layer_forward(const LayerForward<T>& layer, T* scratch) {
 
 template <class T>
 void project_row(WeightType weights, const void* packed, std::size_t input_size, std::size_t hidden_size,
-                 std::size_t recurrent_size, bool bias, const T* x, T* sums, T* scratch) {
+                 std::size_t recurrent_size, bool bias, const T* x, T* sums, T* scratch) CELLSTEP_NONBLOCKING {
     project<T>(weights, packed, 1, input_size, hidden_size, recurrent_size, bias, x,
                static_cast<std::ptrdiff_t>(input_size), sums, scratch);
 }
 
 template <class T>
-void variant_forward(const VariantForward<T>& layer, T* scratch) {
+void variant_forward(const VariantForward<T>& layer, T* scratch) CELLSTEP_NONBLOCKING {
     const FlushDenormals flush;
     const std::size_t rows = layer.steps * layer.batch;
     T* sums = scratch;
@@ -281,7 +288,7 @@ void variant_forward(const VariantForward<T>& layer, T* scratch) {
 
 template <class T>
 void dense_forward(std::size_t rows, std::size_t in_size, std::size_t out_size, const T* packed, const T* x,
-                   std::ptrdiff_t x_stride, T* y, std::ptrdiff_t y_stride) {
+                   std::ptrdiff_t x_stride, T* y, std::ptrdiff_t y_stride) CELLSTEP_NONBLOCKING {
     kernels<T>().dense({rows, in_size, out_size, packed, x, x_stride, y, y_stride});
 }
 
@@ -294,26 +301,26 @@ void pack_dense(std::size_t in_size, std::size_t out_size, MatrixView<T> weight,
 }
 
 template <class T>
-void apply_activation(Activation activation, std::size_t rows, std::size_t width, T* values) {
+void apply_activation(Activation activation, std::size_t rows, std::size_t width, T* values) CELLSTEP_NONBLOCKING {
     kernels<T>().activate(activation, rows, width, values);
 }
 
-template void apply_activation<float>(Activation, std::size_t, std::size_t, float*);
-template void apply_activation<double>(Activation, std::size_t, std::size_t, double*);
+template void apply_activation<float>(Activation, std::size_t, std::size_t, float*) CELLSTEP_NONBLOCKING;
+template void apply_activation<double>(Activation, std::size_t, std::size_t, double*) CELLSTEP_NONBLOCKING;
 template void project_row<float>(WeightType, const void*, std::size_t, std::size_t, std::size_t, bool, const float*,
-                                 float*, float*);
+                                 float*, float*) CELLSTEP_NONBLOCKING;
 template void project_row<double>(WeightType, const void*, std::size_t, std::size_t, std::size_t, bool, const double*,
-                                  double*, double*);
-template void layer_step<float>(const Step<float>&, const Parallel*);
-template void layer_step<double>(const Step<double>&, const Parallel*);
-template void variant_forward<float>(const VariantForward<float>&, float*);
-template void variant_forward<double>(const VariantForward<double>&, double*);
-template void layer_forward<float>(const LayerForward<float>&, float*);
-template void layer_forward<double>(const LayerForward<double>&, double*);
+                                  double*, double*) CELLSTEP_NONBLOCKING;
+template void layer_step<float>(const Step<float>&, const Parallel*) CELLSTEP_NONBLOCKING;
+template void layer_step<double>(const Step<double>&, const Parallel*) CELLSTEP_NONBLOCKING;
+template void variant_forward<float>(const VariantForward<float>&, float*) CELLSTEP_NONBLOCKING;
+template void variant_forward<double>(const VariantForward<double>&, double*) CELLSTEP_NONBLOCKING;
+template void layer_forward<float>(const LayerForward<float>&, float*) CELLSTEP_NONBLOCKING;
+template void layer_forward<double>(const LayerForward<double>&, double*) CELLSTEP_NONBLOCKING;
 template void dense_forward<float>(std::size_t, std::size_t, std::size_t, const float*, const float*, std::ptrdiff_t,
-                                   float*, std::ptrdiff_t);
+                                   float*, std::ptrdiff_t) CELLSTEP_NONBLOCKING;
 template void dense_forward<double>(std::size_t, std::size_t, std::size_t, const double*, const double*, std::ptrdiff_t,
-                                    double*, std::ptrdiff_t);
+                                    double*, std::ptrdiff_t) CELLSTEP_NONBLOCKING;
 template void pack_dense<float>(std::size_t, std::size_t, MatrixView<float>, const float*, float*);
 template void pack_dense<double>(std::size_t, std::size_t, MatrixView<double>, const double*, double*);
 
