@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
 CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo test bench venv lint format clean
+.PHONY: demo test bench bench-runtime venv lint format clean
 
 venv: .venv/.installed
 
@@ -45,6 +45,10 @@ test: venv lint
 # BENCH takes options of benchmarks/cpu.py, such as --quick or --readme.
 bench: .venv/.bench
 	@$(BIN)/python benchmarks/cpu.py $(BENCH)
+
+# The torch-free runtime alone, a step at a time.
+bench-runtime: .venv/.bench
+	@$(BIN)/python benchmarks/cpu.py --only runtime --output benchmarks/results/runtime.json
 
 .venv/.bench: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[bench]"
