@@ -199,7 +199,7 @@ def convert(
         Optional[int],  # noqa: UP045
         typer.Option(
             min=0,
-            help="Samples of silence run first, so that a deploy file starts settled; default: what the format's own "
+            help="Samples of silence run first, so that .cellstep, .h and .pt start settled; default: what the format's own "
             "player runs, half a second for .nam.",
         ),
     ] = None,
@@ -218,7 +218,7 @@ def convert(
     steps = prewarm_steps(source) if settle is None else settle
     silence = np.zeros((steps, model.input_size), np.float32)
     for output in outputs:
-        settled = {"settle": silence} if output.suffix in (".cellstep", ".h") and steps else {}
+        settled = {"settle": silence} if output.suffix in (".cellstep", ".h", ".pt") and steps else {}
         cellstep.export(model, output, **settled)
         print(f"{output}: {output.stat().st_size:,} bytes")
 
