@@ -199,8 +199,8 @@ def convert(
         Optional[int],  # noqa: UP045
         typer.Option(
             min=0,
-            help="Samples of silence run first, so that .cellstep, .h and .pt start settled; default: what the format's own "
-            "player runs, half a second for .nam.",
+            help="Samples of silence run first, so that .cellstep, .h and .pt start settled; default: what the format's "
+            "own player runs, half a second for .nam.",
         ),
     ] = None,
     dense_activations: Annotated[
