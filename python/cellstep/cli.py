@@ -199,7 +199,7 @@ def convert(
         Optional[int],  # noqa: UP045
         typer.Option(
             min=0,
-            help="Samples of silence run first, so that .cellstep, .h and .pt start settled; default: what the format's "
+            help="Samples of silence run first, so that .cellstep, .h and .pt start settled; default: what its "
             "own player runs, half a second for .nam.",
         ),
     ] = None,
