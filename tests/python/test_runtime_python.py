@@ -272,6 +272,6 @@ def test_the_table_of_the_start():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in done.stdout.splitlines()[2:])}
-    assert list(rows)[0] == "cellstep.runtime, buffers" and len(rows) == 4
+    assert next(iter(rows)) == "cellstep.runtime, buffers" and len(rows) == 4
     # Memory is no matter of the moment, as times are.
     assert float(rows["cellstep.runtime, buffers"][3]) < 0.1
