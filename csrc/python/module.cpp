@@ -88,13 +88,11 @@ void expect_shape(const Array<float>& array, const std::vector<py::ssize_t>& sha
     expect_shape(std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()), shape, name);
 }
 
-/// What a call is fed: an array or buffer as it lies, or a copy. NumPy is imported for what is no buffer alone; of its
-/// own arrays it makes views in less time than the buffer protocol takes.
+/// What a call is fed: a buffer as it lies, or an array that NumPy, imported for this alone, makes of it.
 class Input {
 public:
     Input(const py::object& value, const char* name) : name_(name) {
-        if (std::strcmp(Py_TYPE(value.ptr())->tp_name, "numpy.ndarray") != 0 && PyObject_CheckBuffer(value.ptr()))
-            buffer_.emplace(value, PyBUF_SIMPLE);
+        if (PyObject_CheckBuffer(value.ptr())) buffer_.emplace(value, PyBUF_SIMPLE);
         if (!buffer_ || !*buffer_) array_ = floats(value, name);
         shape_ =
             array_ ? std::vector<py::ssize_t>(array_->shape(), array_->shape() + array_->ndim()) : buffer_->shape();

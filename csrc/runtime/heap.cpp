@@ -6,7 +6,8 @@
 
 #include "runtime/handles.h"
 
-#if defined(__unix__) || defined(__APPLE__)
+// With 64-bit addresses alone, which the length of every file fits.
+#if (defined(__unix__) || defined(__APPLE__)) && defined(__LP64__)
 #define CELLSTEP_MMAP 1
 #include <fcntl.h>
 #include <sys/mman.h>

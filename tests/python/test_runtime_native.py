@@ -50,7 +50,7 @@ def compile_with(*command):
 def build_objects(directory, *options):
     """The core for this machine and the runtime, from their sources."""
     objects = []
-    if cellstep.runtime.instruction_set() in ("avx2", "avx512"):
+    if cellstep.runtime.instruction_set() in ("avx2", "avx512") and "-m32" not in options:
         options += ("-mavx2", "-mfma", "-mf16c")
     for source in (ROOT / "csrc/core/kernels.cpp", *SOURCES):
         objects.append(directory / f"{source.stem}.o")
@@ -412,6 +412,23 @@ def test_less_memory_for_fewer_steps(library, pairs):
     own = library("memory_required", model)
     assert own == library("memory_required_for", model, 64)  # as this one names no window
     assert library("memory_required_for", model, 640) > 4 * own
+
+
+def test_sums_that_size_t_cannot_hold_are_refused(pairs, tmp_path):
+    """Where it has 32 bits; a sum that wraps would ask for too little."""
+    (tmp_path / "try.cpp").write_text("#include <new>\nint main() {}\n")
+    command = ["g++", "-m32", tmp_path / "try.cpp", "-o", tmp_path / "try"]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("no 32-bit libraries here: scripts/embedded_tools.sh installs them")
+    objects = build_objects(tmp_path, "-O1", "-m32")
+    compile_with("gcc", "-m32", INCLUDE, "-c", ROOT / "tests/cpp/sizes.c", "-o", tmp_path / "sizes.o")
+    compile_with("g++", "-m32", "-o", tmp_path / "sizes", tmp_path / "sizes.o", *objects)
+    for name, paths in pairs.items():
+        done = subprocess.run([tmp_path / "sizes", paths[0]], capture_output=True, text=True)
+        assert done.returncode == 0, name
+        steps, streams, one = map(int, done.stdout.split())
+        assert (steps == 0) == (name == "bidirectional") and streams == 0
+        assert 0 < one < 2**20
 
 
 def test_memory_that_will_not_do_is_refused(library, pairs):
