@@ -160,9 +160,12 @@ private:
 /// Errors: argument, alignment (8 bytes), magic, version, length, format, dtype.
 ImageStatus open_image(const void* data, std::size_t size, Image* image);
 
-/// Checks the checksum, then that every weight and scale is finite and that int8 weights are what pack.h says. Errors:
-/// checksum, nonfinite, format.
-ImageStatus check_values(const Image& image);
+/// Values that a caller takes.
+enum class Values { finite, any };
+
+/// Checks the checksum, then that every weight and scale is finite, unless any will do, and that int8 weights are what
+/// pack.h says. Errors: checksum, nonfinite, format.
+ImageStatus check_values(const Image& image, Values values = Values::finite);
 
 }  // namespace core
 }  // namespace cellstep
