@@ -1,6 +1,7 @@
 /// The engine for small targets, with the interface of engine.h: straight loops, one row of the batch after the other,
-/// one step after the other through all records. No threads, no choice of an instruction set, no tiles. Each gate sum is
-/// the same chain as there, and the functions of step.h and variant_sweep.h make the same of it, so the bits are equal.
+/// one step after the other through all records. No threads, no choice of an instruction set, no tiles. Each gate sum
+/// is the same chain as there, and the functions of step.h and variant_sweep.h make the same of it, so the bits are
+/// equal.
 #include <cstring>
 
 #include "core/denormals.h"
@@ -20,7 +21,7 @@ struct Plan {
     Image image;
     const ImageRecord* last;  ///< of the LSTM layers
     std::size_t chunk;        ///< steps that pass through a record before the next one does: all if it is bidirectional
-    std::size_t rows;         ///< values of one of the two buffers for the steps of a chunk
+    std::size_t widest;       ///< values of a step, wherever it is widest
     std::size_t workspace;    ///< values that a layer wants while it runs
 };
 
@@ -49,14 +50,14 @@ constexpr int block_vectors = static_cast<int>(gate_count * block) / native_lane
 
 /// Values of a panel from its row's begin to vector `v` of the block that begins there.
 template <class T>
-CELLSTEP_INLINE std::size_t vector_place(int v, std::size_t width) {
+constexpr std::size_t vector_place(int v, std::size_t width) {
     constexpr int per_gate = static_cast<int>(block) / native_lanes<T>;
     return static_cast<std::size_t>(v / per_gate) * width + static_cast<std::size_t>(v % per_gate * native_lanes<T>);
 }
 
 /// visit(0), visit(1), ... in full also where the compiler is told to keep code small, so that sums stay in registers.
 template <int Count, class Visit>
-CELLSTEP_INLINE void unrolled(const Visit& visit) {
+inline __attribute__((always_inline)) void unrolled(const Visit& visit) {
     if constexpr (Count > 0) {
         unrolled<Count - 1>(visit);
         visit(Count - 1);
@@ -115,56 +116,58 @@ void any_block_sums(const LstmLayer<T>& layer, const GateInputs<T>& in, const un
 }
 
 /// The integer sum of a column with int8 weights.
-inline float int8_column(const signed char* values, std::size_t groups, const signed char* weights,
-                         std::size_t columns) {
+template <class T>
+T int8_column(const signed char* values, std::size_t groups, const signed char* weights, std::size_t columns) {
     std::int32_t sum = 0;
     for (; groups > 0; --groups, values += 4, weights += 4 * columns)
         for (int k = 0; k < 4; ++k) sum += values[k] * weights[k];
-    return static_cast<float>(sum);
+    return static_cast<T>(sum);
 }
 
 /// A row as int8, with m / 127 of it.
+template <class T>
 struct Rounded {
     const signed char* values;
     std::size_t groups;
-    float scale;
+    T scale;
 };
 
-inline Rounded rounded(const float* row, std::size_t count, const float* factors, unsigned char* memory) {
+template <class T>
+Rounded<T> rounded(const T* row, std::size_t count, const T* factors, unsigned char* memory) {
     const std::size_t groups = static_cast<std::size_t>(int8_groups(count));
-    if (!row) return {nullptr, groups, 0.0f};
+    if (!row) return {nullptr, groups, T(0)};
     std::memset(memory, 0, 4 * groups);
-    const float scale = round_row<false>(row, count, factors, memory);
+    const T scale = round_row<false>(row, count, factors, memory);
     return {reinterpret_cast<const signed char*>(memory), groups, scale};
 }
 
 /// Gate sums of a layer with int8 weights, panel by panel. `memory`: for the rounded rows.
 template <class T>
-void int8_sums(const LstmLayer<T>& layer, const void* packed, const GateInputs<float>& in, float* sums,
-               unsigned char* memory) {
-    const Rounded x = rounded(in.x, layer.input_size, static_cast<const float*>(packed), memory);
-    const Rounded h = rounded(in.h, layer.recurrent_size, nullptr, memory + 4 * x.groups);
+void int8_sums(const LstmLayer<T>& layer, const void* packed, const GateInputs<T>& in, T* sums, unsigned char* memory) {
+    const Rounded<T> x = rounded<T>(in.x, layer.input_size, static_cast<const T*>(packed), memory);
+    const Rounded<T> h = rounded<T>(in.h, layer.recurrent_size, nullptr, memory + 4 * x.groups);
     const unsigned char* panel = first_panel(WeightType::int8, packed, layer.input_size);
     for_each_panel(layer.hidden_size, [&](std::size_t, std::size_t width, std::size_t) {
         const std::size_t columns = gate_count * width;
-        const float* row = reinterpret_cast<const float*>(panel);
+        const T* row = reinterpret_cast<const T*>(panel);
         const auto* weights = reinterpret_cast<const signed char*>(panel + 20 * columns);
         for (std::size_t column = 0; column < columns; ++column, ++row, weights += 4) {
-            float sum = in.bias ? *row : 0.0f;
-            if (in.x) sum = fma(row[columns], int8_column(x.values, x.groups, weights, columns) * x.scale, sum);
+            T sum = in.bias ? *row : T(0);
+            if (in.x) sum = fma(row[columns], int8_column<T>(x.values, x.groups, weights, columns) * x.scale, sum);
             if (in.h)
                 sum = fma(row[2 * columns],
-                          int8_column(h.values, h.groups, weights + 4 * columns * x.groups, columns) * h.scale, sum);
+                          int8_column<T>(h.values, h.groups, weights + 4 * columns * x.groups, columns) * h.scale, sum);
             *sums++ = sum;
         }
-        panel += panel_stride<float>(WeightType::int8, width, layer.input_size, layer.recurrent_size);
+        panel += panel_stride<T>(WeightType::int8, width, layer.input_size, layer.recurrent_size);
     });
 }
 
 /// Forms the gate sums of a layer and keeps them in `sums`, panel by panel, or moves the units of `row` with them if
 /// that is not null.
 template <class T>
-void form_sums(const LstmLayer<T>& layer, const void* packed, const GateInputs<T>& in, const RowState<T>* row, T* sums) {
+void form_sums(const LstmLayer<T>& layer, const void* packed, const GateInputs<T>& in, const RowState<T>* row,
+               T* sums) {
     const unsigned char* panel = static_cast<const unsigned char*>(packed);
     const bool int8 = can_be_narrow<T> && layer.weights == WeightType::int8;
     if constexpr (can_be_narrow<T>)
@@ -181,7 +184,9 @@ void form_sums(const LstmLayer<T>& layer, const void* packed, const GateInputs<T
                     sum[v] = load<Native<T>>(kept + at + vector_place<T>(v, width));
             else
                 any_block_sums<T>(layer, in, panel, width, at, sum);
-            if (row)
+            if (row && plain_only)
+                move_panel_as<T, static_cast<int>(block), block_vectors<T>, false>(*row, unit + at, sum);
+            else if (row)
                 move_panel<T, static_cast<int>(block), block_vectors<T>>(*row, unit + at, sum);
             else
                 for (int v = 0; v < block_vectors<T>; ++v) store(kept + at + vector_place<T>(v, width), sum[v]);
@@ -257,7 +262,7 @@ void option_step(const LstmLayer<T>& layer, const Direction<T>& direction, const
 template <class T>
 void layer_step(const LstmLayer<T>& layer, const Direction<T>& direction, const T* x, T* h, T* c, T* y, T* workspace) {
     const std::size_t bytes = layer.recurrent_size * sizeof(T);
-    if (!direction.plain) {
+    if (!plain_only && !direction.plain) {
         option_step<T>(layer, direction, x, h, c, workspace);
         std::memcpy(y, h, bytes);
         return;
@@ -416,7 +421,7 @@ void run_chunk(const RowRun<T>& of, std::size_t begin, std::size_t steps, T* buf
     const bool every = run.answers == Answers::every;
     const bool at_end = begin + steps == run.steps;
     std::size_t first = begin;
-    Rows<T> rows{steps, plan.image.header().input_size, buffers, buffers + plan.rows};
+    Rows<T> rows{steps, plan.image.header().input_size, buffers, buffers + plan.chunk * plan.widest};
     const ImageRecord* record = plan.image.begin();
     if (run.prepared) {
         while (kind_of(*record) != RecordKind::lstm) ++record;
@@ -460,31 +465,31 @@ std::size_t plan_bytes(const Image&) {
 template <class T>
 const Plan<T>* make_plan(const Image& image, std::size_t steps, std::size_t, const Parallel*, void* memory) {
     Plan<T>* plan = static_cast<Plan<T>*>(memory);
-    *plan = {image, nullptr, is_bidirectional(image) ? steps : 1, 0, 0};
-    std::size_t widest = image.header().input_size;
+    *plan = {image, nullptr, is_bidirectional(image) ? steps : 1, image.header().input_size, 0};
     const auto at_least = [](std::size_t* value, std::size_t other) { *value = *value < other ? other : *value; };
     for (const ImageRecord& record : image) {
-        if (kind_of(record) == RecordKind::dense) at_least(&widest, record.sizes[1]);
+        if (kind_of(record) == RecordKind::dense) at_least(&plan->widest, record.sizes[1]);
         if (kind_of(record) != RecordKind::lstm) continue;
         const LstmLayer<T> layer = lstm_layer<T>(image, record);
-        at_least(&widest, layer.output_size());
+        at_least(&plan->widest, layer.output_size());
         at_least(&plan->workspace, layer_workspace<T>(layer));
         plan->last = &record;
     }
-    plan->rows = plan->chunk * widest;
     return plan;
 }
 
 template <class T>
-std::size_t plan_scratch(const Plan<T>& plan) {
-    return 2 * plan.rows + plan.workspace;
+std::uint64_t plan_scratch(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
+    Plan<T> plan;
+    make_plan<T>(image, steps, batch, parallel, &plan);
+    return 2 * std::uint64_t{plan.chunk} * plan.widest + plan.workspace;
 }
 
 template <class T>
 void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) {
     const FlushDenormals flush;
     for (std::size_t row = 0; row < run.batch; ++row) {
-        const RowRun<T> of{plan, run, row, scratch + 2 * plan.rows};
+        const RowRun<T> of{plan, run, row, scratch + 2 * plan.chunk * plan.widest};
         for (std::size_t begin = 0; begin < run.steps; begin += plan.chunk) {
             const std::size_t left = run.steps - begin;
             run_chunk<T>(of, begin, left < plan.chunk ? left : plan.chunk, scratch);
@@ -493,15 +498,14 @@ void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) {
 }
 
 template <class T>
-std::size_t prepared_size(const Plan<T>& plan) {
-    const ImageRecord* record = plan.image.find(RecordKind::lstm);
-    return record->sizes[0];
+std::uint64_t prepared_size(const Image& image) {
+    return image.find(RecordKind::lstm)->sizes[0];
 }
 
 template <class T>
 void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) {
     const FlushDenormals flush;
-    Rows<T> rows{1, plan.image.header().input_size, scratch, scratch + plan.rows};
+    Rows<T> rows{1, plan.image.header().input_size, scratch, scratch + plan.widest};
     gather<T>({x, 0, 0, 1}, 0, 0, rows);
     for (const ImageRecord* record = plan.image.begin(); kind_of(*record) != RecordKind::lstm; ++record)
         run_record<T>(plan.image, *record, &rows);
@@ -528,8 +532,7 @@ void initial_state(const Image& image, std::size_t batch, T* h, T* c) {
 
 template <class T>
 std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
-    Plan<T> plan;
-    return plan_scratch<T>(*make_plan<T>(image, steps, batch, parallel, &plan));
+    return static_cast<std::size_t>(plan_scratch<T>(image, steps, batch, parallel));
 }
 
 template <class T>
@@ -538,21 +541,16 @@ void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
     run_model<T>(*make_plan<T>(image, run.steps, run.batch, run.parallel, &plan), run, scratch);
 }
 
-#define CELLSTEP_INSTANTIATE(T)                                                                           \
-    template std::size_t plan_bytes<T>(const Image&);                                                     \
-    template const Plan<T>* make_plan<T>(const Image&, std::size_t, std::size_t, const Parallel*, void*); \
-    template std::size_t plan_scratch<T>(const Plan<T>&);                                                 \
-    template std::size_t prepared_size<T>(const Plan<T>&);                                                \
-    template void prepare_step<T>(const Plan<T>&, const T*, T*, T*);                                      \
-    template void run_model<T>(const Plan<T>&, const ModelRun<T>&, T*);                                   \
-    template std::size_t model_scratch<T>(const Image&, std::size_t, std::size_t, const Parallel*);       \
-    template void initial_state<T>(const Image&, std::size_t, T*, T*);                                    \
-    template void run_model<T>(const Image&, const ModelRun<T>&, T*);
-CELLSTEP_INSTANTIATE(float)
-#if !defined(CELLSTEP_FLOAT32_ONLY)
-CELLSTEP_INSTANTIATE(double)
-#endif
-#undef CELLSTEP_INSTANTIATE
+// The runtime takes no float64.
+template std::size_t plan_bytes<float>(const Image&);
+template const Plan<float>* make_plan<float>(const Image&, std::size_t, std::size_t, const Parallel*, void*);
+template std::uint64_t plan_scratch<float>(const Image&, std::size_t, std::size_t, const Parallel*);
+template std::uint64_t prepared_size<float>(const Image&);
+template void prepare_step<float>(const Plan<float>&, const float*, float*, float*);
+template void run_model<float>(const Plan<float>&, const ModelRun<float>&, float*);
+template std::size_t model_scratch<float>(const Image&, std::size_t, std::size_t, const Parallel*);
+template void initial_state<float>(const Image&, std::size_t, float*, float*);
+template void run_model<float>(const Image&, const ModelRun<float>&, float*);
 
 }  // namespace core
 }  // namespace cellstep

@@ -1,5 +1,5 @@
-/// What the records of an image say of its LSTM layers, as an engine wants it: pointers into the data, and the places of
-/// the state.
+/// What the records of an image say of its LSTM layers, as an engine wants it: pointers into the data, and the places
+/// of the state.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +36,7 @@ struct LstmLayer {
     bool residual;
     bool cells;  ///< gives c behind h
     WeightType weights;
-    Direction<T> directions[2];
+    Direction<T> directions[plain_only ? 1 : 2];
 
     std::size_t h_columns() const { return direction_count * recurrent_size; }
     std::size_t output_size() const { return h_columns() + (cells ? direction_count * hidden_size : 0); }
@@ -47,10 +47,11 @@ LstmLayer<T> lstm_layer(const Image& image, const ImageRecord& record) {
     LstmLayer<T> layer{};
     layer.input_size = record.sizes[0];
     layer.hidden_size = record.sizes[1];
-    layer.recurrent_size = record.sizes[2] ? record.sizes[2] : record.sizes[1];
-    layer.direction_count = record.flags & LayerFlags::bidirectional ? 2 : 1;
-    layer.residual = record.flags & LayerFlags::residual;
-    layer.cells = record.flags & LayerFlags::cells;
+    const std::uint32_t flags = layer_flags(record);
+    layer.recurrent_size = recurrent_size(record);
+    layer.direction_count = direction_count(record);
+    layer.residual = flags & LayerFlags::residual;
+    layer.cells = flags & LayerFlags::cells;
     const std::size_t units = layer.hidden_size;
     layer.weights = weight_type(record);
     const std::size_t packed =
@@ -64,24 +65,26 @@ LstmLayer<T> lstm_layer(const Image& image, const ImageRecord& record) {
     for (std::size_t place = 0; place < layer.direction_count; ++place) {
         Direction<T>& direction = layer.directions[place];
         LayerOptions<T>& options = direction.options;
-        const bool norm = record.flags & LayerFlags::layer_norm;
-        const bool initial = record.flags & LayerFlags::initial;
+        const bool norm = flags & LayerFlags::layer_norm;
+        const bool initial = flags & LayerFlags::initial;
         direction.packed = take(true, packed / sizeof(T));
-        options.projection = take(record.sizes[2] != 0, units * layer.recurrent_size);
-        options.peephole = take(record.flags & LayerFlags::peephole, 3 * units);
+        options.projection = take(layer.recurrent_size != units, units * layer.recurrent_size);
+        options.peephole = take(flags & LayerFlags::peephole, 3 * units);
         options.norm_ih = take(norm, 4 * units);
         options.norm_hh = take(norm, 4 * units);
         options.norm_c = take(norm, units);
         options.norm_c_bias = take(norm, units);
         direction.initial_h = take(initial, layer.recurrent_size);
         direction.initial_c = take(initial, units);
-        options.coupled = record.flags & LayerFlags::coupled;
+        options.coupled = flags & LayerFlags::coupled;
+        direction.plain = true;
+        if (plain_only) continue;
         options.gate = activation_at(record, 0);
         options.candidate = activation_at(record, 1);
         options.output = activation_at(record, 2);
-        options.fast = record.flags & LayerFlags::fast;
+        options.fast = flags & LayerFlags::fast;
     }
-    for (std::size_t place = 0; place < layer.direction_count; ++place) {
+    for (std::size_t place = 0; place < layer.direction_count && !plain_only; ++place) {
         Direction<T>& direction = layer.directions[place];
         LayerOptions<T>& options = direction.options;
         options.cell_clip = data[0];

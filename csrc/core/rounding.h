@@ -9,8 +9,8 @@ namespace cellstep {
 namespace core {
 namespace CELLSTEP_ISA {
 
-/// Rounds a row, whose values are multiplied by `factors` first unless that is null, to `rounded`, as many as fill whole
-/// vectors, each plus 128 where Offset says so. Returns m / 127, NaN if one of the values is.
+/// Rounds a row, whose values are multiplied by `factors` first unless that is null, to `rounded`, as many as fill
+/// whole vectors, each plus 128 where Offset says so. Returns m / 127, NaN if one of the values is.
 template <bool Offset>
 inline float round_row(const float* row, std::size_t count, const float* factors, unsigned char* rounded) {
     constexpr int lanes = native_lanes<float>;

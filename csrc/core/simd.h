@@ -22,8 +22,12 @@
 #endif
 #endif
 
-/// For functions that pass vectors: a call would send them through memory.
+/// For functions that pass vectors: a call would send them through memory. Where code is to be small they are called.
+#if defined(CELLSTEP_COMPACT) && defined(__OPTIMIZE_SIZE__)
+#define CELLSTEP_INLINE inline
+#else
 #define CELLSTEP_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace cellstep {
 namespace core {
@@ -74,7 +78,8 @@ template <class T, int Lanes>
 using Vector = typename VectorOf<T, Lanes>::type;
 
 template <class T>
-constexpr int native_lanes = native_bytes > static_cast<int>(sizeof(T)) ? native_bytes / static_cast<int>(sizeof(T)) : 1;
+constexpr int native_lanes = native_bytes > static_cast<int>(sizeof(T)) ? native_bytes / static_cast<int>(sizeof(T))
+                                                                        : 1;
 
 template <class V, class T>
 inline V load(const T* source) {
@@ -114,10 +119,10 @@ template <class To, class From>
 struct Conversion {
     static To of(From from) { return __builtin_convertvector(from, To); }
 };
-#define CELLSTEP_CONVERSION(To, From)                               \
-    template <>                                                     \
-    struct Conversion<To, From> {                                   \
-        static To of(From from) { return static_cast<To>(from); }   \
+#define CELLSTEP_CONVERSION(To, From)                             \
+    template <>                                                   \
+    struct Conversion<To, From> {                                 \
+        static To of(From from) { return static_cast<To>(from); } \
     };
 CELLSTEP_CONVERSION(float, std::int32_t)
 CELLSTEP_CONVERSION(std::uint32_t, std::uint16_t)
@@ -272,7 +277,7 @@ inline Vector<double, 2> fma(Vector<double, 2> a, Vector<double, 2> b, Vector<do
 #elif defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 2)
 template <>
 inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
-    return bit_cast<Vector<float, 4>>(
+    return bit_cast<Vector<float, 4> >(
         vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b)));
 }
 #elif defined(__aarch64__) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA))

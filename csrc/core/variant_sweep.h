@@ -328,9 +328,8 @@ inline void variant_sweep(const VariantSweep<T>& s) {
             for (std::size_t row = 0; row < s.batch; ++row) {
                 const T* sums = s.sums + gate_count * (padded * rows + (step * s.batch + row) * width);
                 constexpr int most = native_lanes<T>;
-                const auto panel = width == 16  ? gate_panel<T, most < 16 ? most : 16>
-                                   : width == 8 ? gate_panel<T, most < 8 ? most : 8>
-                                                : gate_panel<T, most < 4 ? most : 4>;
+                const auto panel = width == 16 ? gate_panel < T, most < 16 ? most : 16 > : width == 8 ? gate_panel < T,
+                           most < 8 ? most : 8 > : gate_panel < T, most < 4 ? most : 4 > ;
                 panel(s, row, unit, width, sums, new_c + row * units, over + row * units, under + row * units);
             }
         });

@@ -72,10 +72,15 @@ namespace runtime {
 /// Steps of a window or of a bidirectional call, and streams of a pool: as many as a deploy file may name.
 constexpr std::size_t most_steps = std::size_t{1} << 24;
 
-/// Weights and the memory of calls begin at a cache line: elsewhere the kernels take half as long again.
-constexpr std::size_t line = 64;
 /// What memory that a caller gives is aligned to.
 constexpr std::size_t caller_alignment = 8;
+/// Weights and the memory of calls begin at a cache line: elsewhere the kernels take half as long again. For small
+/// targets memory is dearer.
+#if defined(CELLSTEP_COMPACT)
+constexpr std::size_t line = caller_alignment;
+#else
+constexpr std::size_t line = 64;
+#endif
 
 /// Cuts memory into parts that begin at cache lines; without memory it only counts.
 class Parts {

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_forecaster
 from test_quantization import NARROW, VARIANTS
 from test_roads import ROWS, make
 
 import cellstep
+from cellstep.exporters.deploy import image
 from cellstep.nn import LSTM, Chain, Dense
 from cellstep.runtime import Session, instruction_set
 
@@ -20,21 +20,6 @@ ROOT = Path(__file__).parents[2]
 FLOATS = ctypes.POINTER(ctypes.c_float)
 # What the C API calls them.
 OK, DTYPE, UNSUPPORTED = 0, 9, 32
-OPTION_NAMES = [
-    "bidirectional",
-    "peephole",
-    "layer_norm",
-    "coupled",
-    "residual",
-    "initial",
-    "return_cell_states",
-    "fast_activations",
-    "proj_size",
-    "activation",
-    "cell_clip",
-    "zoneout",
-    "weights",
-]
 
 
 def build(directory, *options):
@@ -146,7 +131,8 @@ MODELS = {row: lambda row=row: make(row) for row in ROWS if row not in ("lengths
 MODELS |= {f"quantization's {name}": variant for name, variant in VARIANTS.items()}
 MODELS |= {f"{units} units": lambda units=units: sized(3, units, 2) for units in (1, 4, 5, 8, 12, 13, 16, 17, 50)}
 MODELS |= {
-    "answers hidden": lambda: Chain(LSTM(3, 9, 2, bidirectional=True), Dense(18, 1), answers="hidden").eval(),
+    "answers hidden, one way": lambda: Chain(LSTM(3, 9, 2), Dense(9, 1, "softmax"), answers="hidden").eval(),
+    "answers hidden, both ways": lambda: Chain(LSTM(3, 9, 2, bidirectional=True), Dense(18, 1), answers="hidden").eval(),
     "answers hidden, with cells": lambda: Chain(
         LSTM(3, 5, return_cell_states=True), Dense(10, 1), answers="hidden"
     ).eval(),
@@ -213,3 +199,56 @@ def test_narrow_weights(name, weights, compact, strict, tmp_path):
     path = exported(cellstep.quantize(MODELS[name](), weights), tmp_path)
     check(path, Session(path), compact.session(path))
     check(path, strict[1].session(path), strict[0].session(path))
+
+
+#: What the smallest build leaves out, and a word of its text.
+LEFT_OUT = {
+    "bidirectional": ("bidirectional", {}),
+    "peephole": ("peephole", {}),
+    "layer_norm": ("layer_norm", {}),
+    "coupled": ("coupled", {}),
+    "residual": ("residual", {}),
+    "return_cell_states": ("return_cell_states", {}),
+    "plain": ("fast_activations", {"fast_activations": True}),
+    "proj_size": ("proj_size", {}),
+    "hard_sigmoid, relu, elu": ("activations", {}),
+    "cell_clip": ("cell_clip", {}),
+    "zoneout": ("zoneout", {}),
+}
+
+
+@pytest.mark.parametrize("row", LEFT_OUT)
+def test_the_smallest_build_says_what_it_leaves_out(row, small, compact, tmp_path):
+    word, options = LEFT_OUT[row]
+    path = exported(make(row), tmp_path, **options)
+    status, text = small.refusal(path)
+    assert UNSUPPORTED <= status < UNSUPPORTED + 16
+    assert word in text and "CELLSTEP_PLAIN_ONLY" in text and "\n" not in text
+    compact.session(path).close()
+
+
+@pytest.mark.parametrize("weights", NARROW)
+def test_the_smallest_build_takes_no_narrow_weights(weights, small, tmp_path):
+    path = exported(cellstep.quantize(make("plain"), weights), tmp_path)
+    status, text = small.refusal(path)
+    assert UNSUPPORTED <= status < UNSUPPORTED + 16 and weights in text and "CELLSTEP_FLOAT32_ONLY" in text
+
+
+def test_nor_float64(small, tmp_path):
+    path = tmp_path / "model.cellstep"
+    path.write_bytes(image(make("plain").double()))
+    assert small.refusal(path)[0] == DTYPE
+
+
+PLAIN = ["plain", "learn_initial_state", "num_layers, dropout", "quantization's plain", "answers hidden, one way"]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name in PLAIN or name.endswith("units")])
+def test_the_smallest_build_runs_the_rest(name, small, tmp_path):
+    path = exported(MODELS[name](), tmp_path)
+    check(path, Session(path), small.session(path))
+
+
+def test_every_option_left_out_has_a_status_of_its_own(small, tmp_path):
+    statuses = [small.refusal(exported(make(row), tmp_path, **options))[0] for row, (_, options) in LEFT_OUT.items()]
+    assert len(set(statuses)) == len(LEFT_OUT)
