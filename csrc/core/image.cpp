@@ -114,6 +114,24 @@ std::uint64_t expected_length(const ImageHeader& header, const ImageRecord& reco
     return 0;
 }
 
+/// UTF-8 as RFC 3629 has it: no code point longer than it must be, no surrogates, none past U+10FFFF.
+bool is_utf8(const unsigned char* at, std::uint64_t length) {
+    static constexpr std::uint32_t least[] = {0, 0x80, 0x800, 0x10000};  // code point of a lead and so many bytes more
+    for (const unsigned char* const end = at + length; at != end;) {
+        const unsigned char lead = *at++;
+        if (lead < 0x80) continue;
+        const int more = lead >= 0xf0 ? 3 : lead >= 0xe0 ? 2 : 1;
+        if (lead < 0xc0 || lead > 0xf4 || end - at < more) return false;
+        std::uint32_t code = lead & (0x3f >> more);
+        for (int k = 0; k < more; ++k, ++at) {
+            if ((*at & 0xc0) != 0x80) return false;
+            code = code << 6 | (*at & 0x3f);
+        }
+        if (code < least[more] || code > 0x10ffff || code >> 11 == 0xd800 >> 11) return false;
+    }
+    return true;
+}
+
 /// Exactly `count` names, each ended by a zero byte, fill the data.
 bool names_are_whole(const char* data, std::uint64_t length, std::uint32_t count) {
     std::uint64_t ends = 0;
@@ -160,11 +178,11 @@ bool state_fits(const Image& image) {
     return header.state_layers == 1 && header.h_size == h_values && header.c_size == c_values;
 }
 
-bool columns_fit(const ImageHeader& header, const unsigned char* data) {
-    for (std::uint32_t k = 0; k < header.output_size; ++k) {
+bool columns_fit(std::uint32_t input_size, const unsigned char* data, std::uint32_t count) {
+    for (std::uint32_t k = 0; k < count; ++k) {
         std::uint32_t column = 0;
         std::memcpy(&column, data + sizeof(column) * k, sizeof(column));
-        if (column >= header.input_size) return false;
+        if (column >= input_size) return false;
     }
     return true;
 }
@@ -199,16 +217,20 @@ ImageStatus check_constants(const unsigned char* end) {
 
 ImageStatus check_records(const Image& image, const unsigned char* bytes) {
     const ImageHeader& header = image.header();
-    const std::uint64_t data_begin = sizeof(ImageHeader) + std::uint64_t{header.record_count} * sizeof(ImageRecord);
+    std::uint64_t end =
+        sizeof(ImageHeader) + std::uint64_t{header.record_count} * sizeof(ImageRecord);  // of all so far
     std::uint64_t width = header.input_size;  // values of a step, as they pass from record to record
     int last_stage = 0;
     std::uint32_t seen = 0;
     for (const ImageRecord& record : image) {
         if (record.kind == 0 || record.kind > static_cast<std::uint32_t>(RecordKind::skip)) return ImageStatus::format;
         if (record.zeros[0] || record.zeros[1]) return ImageStatus::format;
-        if (record.offset % data_alignment || record.offset < data_begin || record.offset > header.length)
+        // Each begins where the one before it ends, so that none overlap and none lie outside.
+        end = (end + data_alignment - 1) / data_alignment * data_alignment;
+        if (record.offset != end || end > header.length || record.length > header.length - end)
             return ImageStatus::format;
-        if (record.length > header.length - record.offset) return ImageStatus::format;
+        end += record.length;
+
         const auto kind = static_cast<RecordKind>(record.kind);
         if (kind == RecordKind::lstm) {
             const ImageStatus status = check_options(record);
@@ -234,7 +256,8 @@ ImageStatus check_records(const Image& image, const unsigned char* bytes) {
                 if ((flags & LayerFlags::residual) && output != width) return ImageStatus::format;
                 width = output + (flags & LayerFlags::cells ? record.sizes[1] * directions : 0);
             }
-            if (kind == RecordKind::skip && !columns_fit(header, bytes + record.offset)) return ImageStatus::format;
+            if (kind == RecordKind::skip && !columns_fit(header.input_size, bytes + record.offset, record.sizes[0]))
+                return ImageStatus::format;
         } else if (kind == RecordKind::feature_names || kind == RecordKind::output_names) {
             const std::uint32_t count = kind == RecordKind::feature_names ? header.input_size : header.output_size;
             if (record.sizes[0] != count) return ImageStatus::format;
@@ -242,7 +265,8 @@ ImageStatus check_records(const Image& image, const unsigned char* bytes) {
                 return ImageStatus::format;
         }
     }
-    return state_fits(image) && width == header.output_size ? ImageStatus::ok : ImageStatus::format;
+    const bool fits = state_fits(image) && width == header.output_size && end == header.length;
+    return fits ? ImageStatus::ok : ImageStatus::format;
 }
 
 /// Bitwise by nibbles: sixteen table entries are small enough for a microcontroller.
@@ -375,8 +399,10 @@ const char* image_status_text(ImageStatus status) {
             return "expected a deploy file, which begins with CELLSTEP: export one with cellstep.export(model, "
                    "\"m.cellstep\")";
         case ImageStatus::version:
-            return "expected a deploy file of version 3: export the model again, with a cellstep of the same age as "
-                   "this one";
+            return "the file is older than this library, which reads version 3: export the model again";
+        case ImageStatus::newer:
+            return "the file is newer than this library, which reads version 3: update the library, or export the "
+                   "model with a cellstep of the library's age";
         case ImageStatus::length:
             return "the file is shorter or longer than its header says: copy or export it again";
         case ImageStatus::checksum:
@@ -422,7 +448,8 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image) {
     Image candidate;
     candidate.bytes_ = bytes;
     const ImageHeader& header = candidate.header();
-    if (header.version != current_version) return ImageStatus::version;
+    if (header.version > current_version) return ImageStatus::newer;
+    if (header.version < current_version) return ImageStatus::version;
     if (header.length != size) return ImageStatus::length;
     if (header.dtype > static_cast<std::uint32_t>(float32_only ? DataType::float32 : DataType::float64))
         return ImageStatus::dtype;
@@ -452,7 +479,11 @@ ImageStatus check_values(const Image& image, Values values) {
 
     for (const ImageRecord& record : image) {
         const auto kind = static_cast<RecordKind>(record.kind);
-        if (kind == RecordKind::feature_names || kind == RecordKind::output_names || kind == RecordKind::skip) continue;
+        if (kind == RecordKind::skip) continue;
+        if (kind == RecordKind::feature_names || kind == RecordKind::output_names) {
+            if (!is_utf8(bytes + record.offset, record.length)) return ImageStatus::format;
+            continue;
+        }
         if (kind == RecordKind::lstm && weight_type(record) != WeightType::full) {
             const ImageStatus status = check_narrow_record(values, header, record, bytes + record.offset);
             if (status != ImageStatus::ok) return status;

@@ -13,7 +13,9 @@
 /// | 52..60 | window, horizon: steps, 0 if not said |
 /// | 60..64 | what the heads see, see Answers |
 ///
-/// Then the records, 64 bytes each, and their data, each piece at a multiple of 64 bytes:
+/// Then the records, 64 bytes each, and their data in the same order, each piece at the next multiple of 64 bytes. The
+/// file ends with the last of them.
+///
 ///
 /// | bytes | record |
 /// | --- | --- |
@@ -62,6 +64,7 @@ enum class ImageStatus {
     dtype = 9,
     nonfinite = 10,
     alignment = 11,
+    newer = 17,
     unsupported = 32,  ///< and the number of an option (LeftOut), which this build leaves out
 };
 
@@ -202,14 +205,14 @@ private:
 
 /// Checks everything but the values: that every access the engine will make lies inside the image. Takes well under
 /// a microsecond, so that a caller who cannot trust its bytes to stay the same may check at every call.
-/// Errors: argument, alignment (8 bytes), magic, version, length, format, dtype, unsupported.
+/// Errors: argument, alignment (8 bytes), magic, version, newer, length, format, dtype, unsupported.
 ImageStatus open_image(const void* data, std::size_t size, Image* image);
 
 /// Values that a caller takes.
 enum class Values { finite, any };
 
-/// Checks the checksum, then that every weight and scale is finite, unless any will do, and that int8 weights are what
-/// pack.h says. Errors: checksum, nonfinite, format.
+/// Checks the checksum, then that every weight and scale is finite, unless any will do, that int8 weights are what
+/// pack.h says and that names are UTF-8. Errors: checksum, nonfinite, format.
 ImageStatus check_values(const Image& image, Values values = Values::finite);
 
 }  // namespace core

@@ -77,7 +77,7 @@ typedef enum cellstep_status {
     CELLSTEP_ERROR_MEMORY = 2,         /**< not enough memory */
     CELLSTEP_ERROR_FILE = 3,           /**< the file cannot be opened or read */
     CELLSTEP_ERROR_MAGIC = 4,          /**< not a deploy file */
-    CELLSTEP_ERROR_VERSION = 5,        /**< a deploy file of a version that this build does not know */
+    CELLSTEP_ERROR_VERSION = 5,        /**< a deploy file older than those that this build reads */
     CELLSTEP_ERROR_LENGTH = 6,         /**< shorter or longer than its header says */
     CELLSTEP_ERROR_CHECKSUM = 7,       /**< the checksum does not fit the bytes */
     CELLSTEP_ERROR_FORMAT = 8,         /**< the records contradict each other or the header */
@@ -89,6 +89,7 @@ typedef enum cellstep_status {
     CELLSTEP_ERROR_STEPS = 14,         /**< more steps at once than a bidirectional session's memory was made for */
     CELLSTEP_ERROR_BIDIRECTIONAL = 15, /**< a pool of a bidirectional model, which has no answer step by step */
     CELLSTEP_ERROR_SHAPE = 16,         /**< a model to swap in is of another shape */
+    CELLSTEP_ERROR_NEWER = 17,         /**< a deploy file newer than those that this build reads */
     CELLSTEP_ERROR_UNSUPPORTED = 32,   /**< this and the values up to the next one: the model has an option that this
                                             build leaves out to be small (CELLSTEP_PLAIN_ONLY, CELLSTEP_FLOAT32_ONLY);
                                             each option has a value, and its text names it */
