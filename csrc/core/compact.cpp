@@ -76,11 +76,12 @@ struct GateInputs {
     const T* h;  ///< (recurrent_size), or null
 };
 
-/// Gate sums of the block that begins `at` units behind the begin of a panel. A function of its own, so that nothing else
-/// takes registers from its loop.
+/// Gate sums of the block that begins `at` units behind the begin of a panel. A function of its own, so that nothing
+/// else takes registers from its loop.
 template <class T, class W>
-__attribute__((noinline)) void block_sums(const LstmLayer<T>& layer, const GateInputs<T>& in, const unsigned char* panel, std::size_t width,
-                std::size_t at, Native<T>* sums) {
+__attribute__((noinline)) void block_sums(const LstmLayer<T>& layer, const GateInputs<T>& in,
+                                          const unsigned char* panel, std::size_t width, std::size_t at,
+                                          Native<T>* sums) {
     const std::size_t columns = gate_count * width;
     const T* bias = reinterpret_cast<const T*>(panel) + at;
     // A pointer for each gate, as the processors that this is for add no offset but a constant one.
@@ -508,7 +509,7 @@ std::uint64_t plan_scratch(const Image& image, std::size_t steps, std::size_t ba
 }
 
 template <class T>
-void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) {
+void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) CELLSTEP_NONBLOCKING {
     const FlushDenormals flush;
     for (std::size_t row = 0; row < run.batch; ++row) {
         const RowRun<T> of{plan, run, row, scratch + 2 * plan.chunk * plan.widest};
@@ -525,7 +526,7 @@ std::uint64_t prepared_size(const Image& image) {
 }
 
 template <class T>
-void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) {
+void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) CELLSTEP_NONBLOCKING {
     const FlushDenormals flush;
     Rows<T> rows{1, plan.image.header().input_size, scratch, scratch + plan.widest};
     gather<T>({x, 0, 0, 1}, 0, 0, rows);
@@ -535,7 +536,7 @@ void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) {
 }
 
 template <class T>
-void initial_state(const Image& image, std::size_t batch, T* h, T* c) {
+void initial_state(const Image& image, std::size_t batch, T* h, T* c) CELLSTEP_NONBLOCKING {
     StatePlace place;
     for (const ImageRecord& record : image) {
         if (kind_of(record) != RecordKind::lstm) continue;
@@ -568,10 +569,10 @@ template std::size_t plan_bytes<float>(const Image&);
 template const Plan<float>* make_plan<float>(const Image&, std::size_t, std::size_t, const Parallel*, void*);
 template std::uint64_t plan_scratch<float>(const Image&, std::size_t, std::size_t, const Parallel*);
 template std::uint64_t prepared_size<float>(const Image&);
-template void prepare_step<float>(const Plan<float>&, const float*, float*, float*);
-template void run_model<float>(const Plan<float>&, const ModelRun<float>&, float*);
+template void prepare_step<float>(const Plan<float>&, const float*, float*, float*) CELLSTEP_NONBLOCKING;
+template void run_model<float>(const Plan<float>&, const ModelRun<float>&, float*) CELLSTEP_NONBLOCKING;
 template std::size_t model_scratch<float>(const Image&, std::size_t, std::size_t, const Parallel*);
-template void initial_state<float>(const Image&, std::size_t, float*, float*);
+template void initial_state<float>(const Image&, std::size_t, float*, float*) CELLSTEP_NONBLOCKING;
 template void run_model<float>(const Image&, const ModelRun<float>&, float*);
 
 }  // namespace core
