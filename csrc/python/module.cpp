@@ -36,6 +36,38 @@ std::string shape_text(const std::vector<py::ssize_t>& shape) {
     return py::str(py::tuple(py::cast(shape))).cast<std::string>();
 }
 
+/// A buffer of float32 values one behind the other, or no buffer.
+class Buffer {
+public:
+    Buffer() = default;
+    Buffer(const py::handle& value, int flags) {
+        if (PyObject_GetBuffer(value.ptr(), &view_, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | flags) != 0) {
+            PyErr_Clear();
+            view_.obj = nullptr;
+        } else if (!is_float(view_.format)) {
+            PyBuffer_Release(&view_);
+        }
+    }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() {
+        if (*this) PyBuffer_Release(&view_);
+    }
+
+    explicit operator bool() const { return view_.obj != nullptr; }
+    float* data() const { return static_cast<float*>(view_.buf); }
+    std::vector<py::ssize_t> shape() const { return {view_.shape, view_.shape + view_.ndim}; }
+
+private:
+    static bool is_float(const char* format) {
+        if (!format) return false;
+        const bool little = *format == '<' || *format == '=' || *format == '@';  // as all machines are that run this
+        return std::strcmp(format + little, "f") == 0;
+    }
+
+    Py_buffer view_{};
+};
+
 Array<float> floats(const py::handle& value, const char* name) {
     Array<float> array = Array<float>::ensure(value);
     if (!array) {
@@ -46,12 +78,67 @@ Array<float> floats(const py::handle& value, const char* name) {
     return array;
 }
 
-void expect_shape(const Array<float>& array, const std::vector<py::ssize_t>& shape, const char* name) {
-    const std::vector<py::ssize_t> got(array.shape(), array.shape() + array.ndim());
+void expect_shape(const std::vector<py::ssize_t>& got, const std::vector<py::ssize_t>& shape, const char* name) {
     if (got != shape)
         throw py::value_error(std::string("expected ") + name + " of shape " + shape_text(shape) + ", got " +
                               shape_text(got));
 }
+
+void expect_shape(const Array<float>& array, const std::vector<py::ssize_t>& shape, const char* name) {
+    expect_shape(std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()), shape, name);
+}
+
+/// What a call is fed: an array or buffer as it lies, or a copy. NumPy is imported for what is no buffer alone; of its
+/// own arrays it makes views in less time than the buffer protocol takes.
+class Input {
+public:
+    Input(const py::object& value, const char* name) : name_(name) {
+        if (std::strcmp(Py_TYPE(value.ptr())->tp_name, "numpy.ndarray") != 0 && PyObject_CheckBuffer(value.ptr()))
+            buffer_.emplace(value, PyBUF_SIMPLE);
+        if (!buffer_ || !*buffer_) array_ = floats(value, name);
+        shape_ =
+            array_ ? std::vector<py::ssize_t>(array_->shape(), array_->shape() + array_->ndim()) : buffer_->shape();
+    }
+
+    const float* data() const { return array_ ? array_->data() : buffer_->data(); }
+    const std::vector<py::ssize_t>& shape() const { return shape_; }
+    void expect(const std::vector<py::ssize_t>& shape) const { expect_shape(shape_, shape, name_); }
+
+private:
+    const char* name_;
+    std::optional<Buffer> buffer_;
+    std::optional<Array<float>> array_;
+    std::vector<py::ssize_t> shape_;
+};
+
+/// Where a call answers: a new array, or the caller's buffer.
+class Output {
+public:
+    Output(const py::object& out, const std::vector<py::ssize_t>& shape) {
+        if (out.is_none()) {
+            Array<float> made(shape);
+            data_ = made.mutable_data();
+            object_ = std::move(made);
+            return;
+        }
+        buffer_.emplace(out, PyBUF_WRITABLE);
+        if (!*buffer_)
+            throw py::type_error("expected out as a writable, C-contiguous buffer of float32, got " +
+                                 py::str(py::type::of(out)).cast<std::string>() +
+                                 ": pass a NumPy array of that kind, or leave it out");
+        expect_shape(buffer_->shape(), shape, "out");
+        data_ = buffer_->data();
+        object_ = out;
+    }
+
+    float* data() const { return data_; }
+    py::object object() const { return object_; }
+
+private:
+    std::optional<Buffer> buffer_;
+    float* data_ = nullptr;
+    py::object object_;
+};
 
 class Model {
 public:
@@ -193,27 +280,30 @@ public:
     Session& operator=(const Session&) = delete;
     ~Session() { cellstep_session_destroy(handle_); }
 
-    py::array step(const py::object& value) {
-        const Array<float> x = floats(value, "x");
-        expect_shape(x, {inputs()}, "x");
-        return call(x, 1, {outputs()}, cellstep_session_run);
+    py::object step(const py::object& value, const py::object& out) {
+        const Input x(value, "x");
+        x.expect({inputs()});
+        return call(x, 1, {out, {outputs()}}, cellstep_session_run);
     }
 
-    py::array run(const py::object& value, const std::optional<py::object>& reset) {
-        const Array<float> x = sequence(value);
-        if (!reset) return call(x, x.shape(0), {x.shape(0), outputs()}, cellstep_session_run);
-        const Array<bool> mask = flags(*reset, x.shape(0), "steps");
+    py::object run(const py::object& value, const std::optional<py::object>& reset, const py::object& out) {
+        const Input x(value, "x");
+        expect_sequence(x);
+        const py::ssize_t count = x.shape()[0];
+        if (!reset) return call(x, count, {out, {count, outputs()}}, cellstep_session_run);
+        const Array<bool> mask = flags(*reset, count, "steps");
         const unsigned char* bytes = bytes_of(mask);
-        return call(x, x.shape(0), {x.shape(0), outputs()},
+        return call(x, count, {out, {count, outputs()}},
                     [bytes](cellstep_session* session, const float* source, std::size_t steps, float* target) {
                         return cellstep_session_run_reset(session, source, bytes, steps, target);
                     });
     }
 
-    py::array forecast(const py::object& value) {
-        const Array<float> x = sequence(value);
-        if (x.shape(0) == 0) throw py::value_error("expected x with at least one step, got none");
-        return call(x, x.shape(0), {outputs()}, cellstep_session_forecast);
+    py::object forecast(const py::object& value, const py::object& out) {
+        const Input x(value, "x");
+        expect_sequence(x);
+        if (x.shape()[0] == 0) throw py::value_error("expected x with at least one step, got none");
+        return call(x, x.shape()[0], {out, {outputs()}}, cellstep_session_forecast);
     }
 
     void start_slide(py::ssize_t window) {
@@ -230,19 +320,18 @@ public:
         sliding_ = true;
     }
 
-    py::object slide(const py::object& value) {
-        const Array<float> x = floats(value, "x");
-        expect_shape(x, {inputs()}, "x");
+    py::object slide(const py::object& value, const py::object& out) {
+        const Input x(value, "x");
+        x.expect({inputs()});
         if (!sliding_) start_slide(0);
         bool pending = false;
-        py::array y = call(x, 1, {outputs()},
-                           [&pending](cellstep_session* session, const float* source, std::size_t, float* target) {
-                               const cellstep_status status = cellstep_session_slide(session, source, target);
-                               pending = status == CELLSTEP_PENDING;
-                               return status;
-                           });
-        if (pending) return py::none();
-        return std::move(y);
+        py::object y = call(x, 1, {out, {outputs()}},
+                            [&pending](cellstep_session* session, const float* source, std::size_t, float* target) {
+                                const cellstep_status status = cellstep_session_slide(session, source, target);
+                                pending = status == CELLSTEP_PENDING;
+                                return status;
+                            });
+        return pending ? py::none() : y;
     }
 
     void reset() {
@@ -279,17 +368,12 @@ private:
     py::ssize_t inputs() const { return model->info.input_size; }
     py::ssize_t outputs() const { return model->info.output_size; }
 
-    Array<float> sequence(const py::object& value) const {
-        Array<float> x = floats(value, "x");
-        expect_shape(x, {x.ndim() > 0 ? x.shape(0) : 1, inputs()}, "x");
-        return x;
-    }
+    void expect_sequence(const Input& x) const { x.expect({x.shape().empty() ? 1 : x.shape()[0], inputs()}); }
 
     template <class Function>
-    py::array call(const Array<float>& x, py::ssize_t steps, const std::vector<py::ssize_t>& shape, Function function) {
-        Array<float> y(shape);
+    py::object call(const Input& x, py::ssize_t steps, const Output& y, Function function) {
         const float* source = x.data();
-        float* target = y.mutable_data();
+        float* target = y.data();
         cellstep_status status = CELLSTEP_OK;
         {
             const Turn turn(taken_, "session");
@@ -297,7 +381,7 @@ private:
             status = function(handle_, source, static_cast<std::size_t>(steps), target);
         }
         if (status == CELLSTEP_ERROR_MEMORY) throw std::bad_alloc();
-        return y;
+        return y.object();
     }
 
     std::unique_ptr<Threads, Threads::Release> threads_;  // outlive the session, which is destroyed before them
@@ -326,20 +410,20 @@ public:
     Pool& operator=(const Pool&) = delete;
     ~Pool() { cellstep_pool_destroy(handle_); }
 
-    py::array step(const py::object& value, const std::optional<py::object>& reset) {
-        const Array<float> x = floats(value, "x");
-        expect_shape(x, {streams, model->info.input_size}, "x");
+    py::object step(const py::object& value, const std::optional<py::object>& reset, const py::object& out) {
+        const Input x(value, "x");
+        x.expect({streams, model->info.input_size});
         const Array<bool> mask = reset ? flags(*reset, streams, "streams") : Array<bool>();
         const unsigned char* bytes = reset ? bytes_of(mask) : nullptr;
-        Array<float> y({streams, py::ssize_t{model->info.output_size}});
+        const Output y(out, {streams, model->info.output_size});
         const float* source = x.data();
-        float* target = y.mutable_data();
+        float* target = y.data();
         {
             const Turn turn(taken_, "pool");
             py::gil_scoped_release release;
             cellstep_pool_step(handle_, source, bytes, target);
         }
-        return std::move(y);
+        return y.object();
     }
 
     void reset() {
@@ -464,11 +548,11 @@ PYBIND11_MODULE(_runtime, module) {
     py::class_<Session>(module, "Session")
         .def(py::init<std::shared_ptr<Model>, py::ssize_t>(), py::arg("model"), py::arg("threads") = 1)
         .def_readonly("model", &Session::model)
-        .def("step", &Session::step)
-        .def("run", &Session::run, py::arg("x"), py::arg("reset") = py::none())
-        .def("forecast", &Session::forecast)
+        .def("step", &Session::step, py::arg("x"), py::arg("out") = py::none())
+        .def("run", &Session::run, py::arg("x"), py::arg("reset") = py::none(), py::arg("out") = py::none())
+        .def("forecast", &Session::forecast, py::arg("x"), py::arg("out") = py::none())
         .def("start_slide", &Session::start_slide)
-        .def("slide", &Session::slide)
+        .def("slide", &Session::slide, py::arg("x"), py::arg("out") = py::none())
         .def("reset", &Session::reset)
         .def("swap", &Session::swap)
         .def_property("state", &Session::state, &Session::set_state);
@@ -478,7 +562,7 @@ PYBIND11_MODULE(_runtime, module) {
              py::arg("threads") = 1)
         .def_readonly("model", &Pool::model)
         .def_readonly("streams", &Pool::streams)
-        .def("step", &Pool::step, py::arg("x"), py::arg("reset") = py::none())
+        .def("step", &Pool::step, py::arg("x"), py::arg("reset") = py::none(), py::arg("out") = py::none())
         .def("reset", &Pool::reset)
         .def("state", &Pool::state)
         .def("set_state", &Pool::set_state);

@@ -211,6 +211,38 @@ def export(
         print(f"{output}: {output.stat().st_size:,} bytes")
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A model of RTNeural, AIDA-X, NeuralAmpModeler (.nam) or GuitarML.")],
+    outputs: Annotated[list[Path], typer.Argument(help="Files to write, as export writes them.")],
+    settle: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=0,
+            help="Samples of silence run first, so that .cellstep, .h and .pt start settled; default: what its "
+            "own player runs, half a second for .nam.",
+        ),
+    ] = None,
+    dense_activations: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of dense layers in RTNeural's PyTorch layout, in order, with commas: tanh,linear."),
+    ] = None,
+) -> None:
+    """Convert an amplifier or effect model, with the state that its player would begin with."""
+    import numpy as np
+
+    import cellstep
+    from cellstep.convert.audio import from_audio, prewarm_steps
+
+    model = from_audio(source, dense_activations=dense_activations.split(",") if dense_activations else None)
+    steps = prewarm_steps(source) if settle is None else settle
+    silence = np.zeros((steps, model.input_size), np.float32)
+    for output in outputs:
+        settled = {"settle": silence} if output.suffix in (".cellstep", ".h", ".pt") and steps else {}
+        cellstep.export(model, output, **settled)
+        print(f"{output}: {output.stat().st_size:,} bytes")
+
+
 @app.command("import")
 def import_(
     old: Annotated[Path, typer.Argument(help="A TorchScript file of any torch since 1.0.")],

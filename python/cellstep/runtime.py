@@ -6,23 +6,30 @@
 >>> y = pool.step(x, reset)  # one step of a hundred streams, some of them begun anew
 
 What is fed may be anything that NumPy makes an array of. C-contiguous float32 values are read where they lie, whoever
-owns them; anything else is converted into a copy.
+owns them: an ``ndarray``, an ``array.array("f")``, a ``memoryview``, a tensor on the CPU. Anything else is converted
+into a copy. Answers are new NumPy arrays, or lie in ``out``, where a call is given a writable buffer of their shape;
+that is returned then. NumPy is imported by the first call that needs it, so not by one from buffer to buffer.
 """
 
-import os
-from typing import Union
+from __future__ import annotations
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import os
 
 from cellstep import _runtime
 from cellstep._runtime import ModelError, instruction_set
 
-__all__ = ["ModelError", "Pool", "Session", "instruction_set"]
+TYPE_CHECKING = False  # as type checkers know it, without the module typing
+if TYPE_CHECKING:
+    from typing import Any
 
-Float32Array = NDArray[np.float32]
-#: What a model is made from: the path of a deploy file, its bytes, or the ``model`` of another session or pool.
-Source = Union[str, "os.PathLike[str]", bytes, _runtime.Model]
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+    Float32Array = NDArray[np.float32]
+    #: What a model is made from: the path of a deploy file, its bytes, or the ``model`` of another session or pool.
+    Source = str | os.PathLike[str] | bytes | _runtime.Model
+
+__all__ = ["ModelError", "Pool", "Session", "instruction_set"]
 
 
 def _load(source: Source, allow_nonfinite: bool) -> _runtime.Model:
@@ -72,24 +79,24 @@ class Session:
         self.horizon = self.model.horizon
         self.weights = self.model.weights
 
-    def step(self, x: ArrayLike) -> Float32Array:
+    def step(self, x: ArrayLike, out: Any = None) -> Float32Array:
         """Move one step: x (input_size) gives y (output_size). ValueError for another shape."""
-        return self._session.step(x)
+        return self._session.step(x, out)
 
-    def run(self, x: ArrayLike, reset: ArrayLike | None = None) -> Float32Array:
+    def run(self, x: ArrayLike, reset: ArrayLike | None = None, out: Any = None) -> Float32Array:
         """Move T steps: x (T, input_size) gives y (T, output_size), to the bit what T calls of step give.
 
         Where ``reset`` (T, bool) is set, the state is put to the initial one before the step. A bidirectional model
         sees the T steps as the whole sequence.
         """
-        return self._session.run(x, reset)
+        return self._session.run(x, reset, out)
 
-    def forecast(self, x: ArrayLike) -> Float32Array:
+    def forecast(self, x: ArrayLike, out: Any = None) -> Float32Array:
         """Answer a window: x (T, input_size) gives y (output_size). T must be at least 1.
 
         The output of the last step, or what the heads make of the last hidden state if the model was made so.
         """
-        return self._session.forecast(x)
+        return self._session.forecast(x, out)
 
     def start_slide(self, window: int | None = None) -> None:
         """Begin a sliding window of the last ``window`` steps, by default the model's own, or begin it anew.
@@ -101,7 +108,7 @@ class Session:
             raise ValueError(f"expected a window of at least one step, got {window}")
         self._session.start_slide(window or 0)
 
-    def slide(self, x: ArrayLike) -> Float32Array | None:
+    def slide(self, x: ArrayLike, out: Any = None) -> Float32Array | None:
         """Move the window one step: x (input_size), its newest step, gives y (output_size).
 
         None until as many steps have come as the window has. Then y is to the bit what ``forecast`` gives for the last
@@ -112,7 +119,7 @@ class Session:
         Raises:
             ValueError: x has another shape, or the model names no window and ``start_slide`` was not called.
         """
-        return self._session.slide(x)
+        return self._session.slide(x, out)
 
     def reset(self) -> None:
         """Put the state to the initial one, zero or learned."""
@@ -177,13 +184,13 @@ class Pool:
         self.input_size = self.model.input_size
         self.output_size = self.model.output_size
 
-    def step(self, x: ArrayLike, reset: ArrayLike | None = None) -> Float32Array:
+    def step(self, x: ArrayLike, reset: ArrayLike | None = None, out: Any = None) -> Float32Array:
         """Move every stream one step: x (streams, input_size) gives y (streams, output_size).
 
         Where ``reset`` (streams, bool) is set, the state of the stream is put to the initial one before. ValueError for
         another shape.
         """
-        return self._pool.step(x, reset)
+        return self._pool.step(x, reset, out)
 
     def reset(self) -> None:
         """Put the state of every stream to the initial one, zero or learned."""

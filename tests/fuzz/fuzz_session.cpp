@@ -259,7 +259,7 @@ private:
         cellstep_pool_destroy(pool_);
         pool_ = nullptr;
         singles_.clear();
-        const std::size_t streams = 1 + input_.byte() % 70;
+        const std::size_t streams = 1 + input_.byte() % 20;
         pool_model_ = model_;
         if (!one_way_) {
             FUZZ_CHECK(cellstep_pool_create(model_, streams, &pool_) == CELLSTEP_ERROR_BIDIRECTIONAL);

@@ -288,6 +288,22 @@ def test_a_program_by_way_of_pkg_config(package, artifacts, five_steps, tmp_path
     assert np.array_equal(answers(done.stdout), five_steps)
 
 
+@pytest.mark.parametrize("source", ["forecast.c", "forecast.cpp"])
+def test_the_six_lines(source, artifacts, series, tmp_path):
+    program = tmp_path / "forecast"
+    compiler = ["gcc", "-std=c11"] if source.endswith(".c") else ["g++", "-std=c++17"]
+    options = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", INCLUDE]
+    compile_with(*compiler, *options, ROOT / "examples/embedded" / source, "-o", program, ARCHIVE, "-lstdc++", "-lm")
+    window = "\n".join(",".join(f"{value:.9g}" for value in step) for step in series) + "\n"
+    command = [program, artifacts[".cellstep"]]
+    done = subprocess.run(command, input=window, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.float32(done.stdout) == Session(artifacts[".cellstep"]).forecast(series)[0]
+    for arguments, code in (([ROOT / "README.md"], 1), ([], 2)):
+        done = subprocess.run([program, *arguments], input=window, capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.startswith(("error: expected a deploy file", "usage: "))
+
+
 # Memory of the caller's own, through the C API
 
 ARGUMENT, MEMORY, NONFINITE, ALIGNMENT, STEPS, BIDIRECTIONAL, SHAPE = 1, 2, 10, 11, 14, 15, 16
@@ -335,7 +351,7 @@ def library():
     return Handles()
 
 
-def series(steps, inputs):
+def noise(steps, inputs):
     return np.random.default_rng(3).standard_normal((steps, inputs)).astype(np.float32)
 
 
@@ -349,7 +365,7 @@ def test_a_session_stays_within_its_memory(name, steps, off, library, pairs):
     status, session = library.made("session_init_for", model, steps, memory.pointer, memory.size)
     assert status == 0
     other = Session(path)
-    x = series(1000, other.input_size)
+    x = noise(1000, other.input_size)
     count = steps if name == "bidirectional" and steps else 64 if name == "bidirectional" else 1000
     y = np.empty((count, other.output_size), np.float32)
     for _ in range(2):
@@ -377,7 +393,7 @@ def test_a_pool_stays_within_its_memory(name, streams, library, pairs):
     status, pool = library.made("pool_init", model, streams, memory.pointer, memory.size)
     assert status == 0
     other = Pool(path, streams)
-    x = series(5 * streams, other.input_size).reshape(5, streams, -1)
+    x = noise(5 * streams, other.input_size).reshape(5, streams, -1)
     y = np.empty((streams, other.output_size), np.float32)
     for step in x:
         flags = (np.arange(streams) % 3 == 1).astype(np.uint8)
@@ -442,7 +458,7 @@ def test_a_bidirectional_session_is_bounded_by_its_memory(library, pairs):
     memory = Memory(library("memory_required_for", model, 20))
     _, session = library.made("session_init_for", model, 20, memory.pointer, memory.size)
     other = Session(path)
-    x = series(30, other.input_size)
+    x = noise(30, other.input_size)
     y = np.full((30, other.output_size), 5, np.float32)
     h, c = other.state
     assert library("session_run", session, pointer(x), 21, pointer(y)) == STEPS
@@ -466,7 +482,7 @@ def test_threads_and_a_window_from_the_heap_for_a_session_in_memory(library, pai
     _, model, _alive = library.model_in(path.read_bytes())
     memory = Memory(library("memory_required", model))
     _, session = library.made("session_init", model, memory.pointer, memory.size)
-    x, y = series(12, 10), np.empty(1, np.float32)
+    x, y = noise(12, 10), np.empty(1, np.float32)
     assert library("session_slide_begin", session, 12) == 0
     for step in x:
         status = library("session_slide", session, pointer(step), pointer(y))
@@ -483,7 +499,7 @@ def test_threads_and_a_window_from_the_heap_for_a_session_in_memory(library, pai
 def test_a_swap_keeps_the_state_and_takes_everything_else(pairs):
     for name, paths in pairs.items():
         session, first, second = Session(paths[0]), Session(paths[0]), Session(paths[1])
-        x = series(20, session.input_size)
+        x = noise(20, session.input_size)
         session.start_slide(4)
         for step in x[:6]:
             session.slide(step)
@@ -519,7 +535,7 @@ def test_models_of_another_shape_are_not_swapped_in(tmp_path):
         "projection": [LSTM(4, 8, 2, proj_size=6), Dense(6, 2)],
         "options": [LSTM(4, 6, 2, peephole=True), Dense(6, 2)],
     }
-    x = series(5, 4)
+    x = noise(5, 4)
     expected = Session(session.model).run(x)
     for name, layers in others.items():
         with pytest.raises(ValueError, match="the models differ in sizes or layers"):
