@@ -122,7 +122,9 @@ def series(size, steps=70):
 
 def sized(inputs, hidden, layers=1, **options):
     torch.manual_seed(hidden)
-    chain = Chain(LSTM(inputs, hidden, layers, batch_first=True, **options), Dense(hidden, 2, "sigmoid"), answers="last")
+    chain = Chain(
+        LSTM(inputs, hidden, layers, batch_first=True, **options), Dense(hidden, 2, "sigmoid"), answers="last"
+    )
     return chain.eval()
 
 
@@ -132,7 +134,9 @@ MODELS |= {f"quantization's {name}": variant for name, variant in VARIANTS.items
 MODELS |= {f"{units} units": lambda units=units: sized(3, units, 2) for units in (1, 4, 5, 8, 12, 13, 16, 17, 50)}
 MODELS |= {
     "answers hidden, one way": lambda: Chain(LSTM(3, 9, 2), Dense(9, 1, "softmax"), answers="hidden").eval(),
-    "answers hidden, both ways": lambda: Chain(LSTM(3, 9, 2, bidirectional=True), Dense(18, 1), answers="hidden").eval(),
+    "answers hidden, both ways": lambda: Chain(
+        LSTM(3, 9, 2, bidirectional=True), Dense(18, 1), answers="hidden"
+    ).eval(),
     "answers hidden, with cells": lambda: Chain(
         LSTM(3, 5, return_cell_states=True), Dense(10, 1), answers="hidden"
     ).eval(),
