@@ -7,8 +7,8 @@ examples/firmware without its output: vector table, start-up, main, loader, engi
 libraries they call, less the arrays that hold the model and the series. For the others it is the same program
 without start-up and C library. All is compiled for size (-Os). Two builds: "small" has float32 weights and plain layers
 alone and no texts of errors (CELLSTEP_FLOAT32_ONLY, CELLSTEP_PLAIN_ONLY, CELLSTEP_NO_TEXTS); "full" leaves nothing out.
-Memory is a session's, as cellstep_memory_required says on the target, and beside it are a model's handle of 64 bytes and
-the stack. Instructions per step are counted by the emulator (-icount shift=0).
+Memory is a session's, as cellstep_memory_required says on the target; a model's handle of 64 bytes and the stack are
+beside it. Instructions per step are counted by the emulator (-icount shift=0).
 """
 
 import json

@@ -60,7 +60,7 @@ struct cellstep_session {
 struct cellstep_pool {
     const cellstep_model* model;
     std::size_t streams;
-    float* state;    ///< h (state_layers, streams, h_size), then c (state_layers, streams, c_size)
+    float* state;  ///< h (state_layers, streams, h_size), then c (state_layers, streams, c_size)
     cellstep::runtime::Work work;
     bool on_heap;
 };
