@@ -54,13 +54,13 @@ std::uint64_t plan_scratch(const Image& image, std::size_t steps, std::size_t ba
 template <class T>
 void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) CELLSTEP_NONBLOCKING;
 
-/// Values that prepare_step writes; a multiple of 64 bytes.
+/// Values that prepare_step writes.
 template <class T>
 std::uint64_t prepared_size(const Image& image) CELLSTEP_NONBLOCKING;
 
-/// Writes what hangs on one step of x (input_size) alone: the step as the first LSTM layer sees it, and the input part
-/// of that layer's gate sums for each direction. Each gate sum is one chain over bias, inputs and hidden values, so a
-/// run that goes on from here ends in the same bits.
+/// Writes what hangs on one step of x (input_size) alone: the step as the first LSTM layer sees it, and where memory is
+/// no matter the input part of that layer's gate sums for each direction. Each gate sum is one chain over bias, inputs
+/// and hidden values, so a run that goes on from here ends in the same bits.
 template <class T>
 void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) CELLSTEP_NONBLOCKING;
 

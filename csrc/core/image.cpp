@@ -28,14 +28,15 @@ constexpr std::uint64_t data_alignment = 64;
 constexpr std::uint64_t largest_size = 1u << 24;
 
 std::uint64_t value_bytes(const ImageHeader& header) {
-    return header.dtype == static_cast<std::uint32_t>(DataType::float64) ? 8 : 4;
+    return !float32_only && header.dtype == static_cast<std::uint32_t>(DataType::float64) ? 8 : 4;
 }
 
 /// Whether a record's layout is one that its kind and the file's type can have.
 bool layout_fits(const ImageHeader& header, const ImageRecord& record) {
     switch (static_cast<RecordKind>(record.kind)) {
         case RecordKind::lstm:
-            return record.layout >= packed_layout && record.layout <= (value_bytes(header) == 4 ? last_layout : 1);
+            return record.layout >= packed_layout &&
+                   record.layout <= (value_bytes(header) == 4 && !float32_only ? last_layout : 1);
         case RecordKind::dense:
             return record.layout == packed_layout;
         default:
@@ -45,7 +46,7 @@ bool layout_fits(const ImageHeader& header, const ImageRecord& record) {
 
 /// Bytes of one direction's packed weights.
 std::uint64_t direction_bytes(const ImageHeader& header, const ImageRecord& record) {
-    const std::uint64_t recurrent = record.sizes[2] ? record.sizes[2] : record.sizes[1];
+    const std::uint64_t recurrent = recurrent_size(record);
     return value_bytes(header) == 8
                ? packed_bytes<double>(weight_type(record), record.sizes[0], record.sizes[1], recurrent)
                : packed_bytes<float>(weight_type(record), record.sizes[0], record.sizes[1], recurrent);
@@ -54,19 +55,20 @@ std::uint64_t direction_bytes(const ImageHeader& header, const ImageRecord& reco
 /// Values of one direction behind its packed weights.
 std::uint64_t option_values(const ImageRecord& record) {
     const std::uint64_t units = record.sizes[1];
-    const std::uint64_t recurrent = record.sizes[2] ? record.sizes[2] : units;
+    const std::uint64_t recurrent = recurrent_size(record);
+    const std::uint32_t flags = layer_flags(record);
     std::uint64_t values = 0;
-    if (record.sizes[2]) values += units * recurrent;
-    if (record.flags & LayerFlags::peephole) values += 3 * units;
-    if (record.flags & LayerFlags::layer_norm) values += 10 * units;
-    if (record.flags & LayerFlags::initial) values += recurrent + units;
+    if (recurrent != units) values += units * recurrent;
+    if (flags & LayerFlags::peephole) values += 3 * units;
+    if (flags & LayerFlags::layer_norm) values += 10 * units;
+    if (flags & LayerFlags::initial) values += recurrent + units;
     return values;
 }
 
 /// Bytes of an LSTM record: see image.h.
 std::uint64_t lstm_bytes(const ImageHeader& header, const ImageRecord& record) {
     const std::uint64_t direction = direction_bytes(header, record) + option_values(record) * value_bytes(header);
-    return direction * (record.flags & LayerFlags::bidirectional ? 2 : 1) + 3 * value_bytes(header);
+    return direction * direction_count(record) + 3 * value_bytes(header);
 }
 
 /// Activations that a record may name: three elementwise ones of an LSTM, one of a dense layer, else none.
@@ -99,7 +101,7 @@ std::uint64_t expected_length(const ImageHeader& header, const ImageRecord& reco
         case RecordKind::output_scaling:
             return 2 * a * value_bytes(header);
         case RecordKind::lstm:
-            if (c >= b || (record.flags & ~LayerFlags::all)) return 0;
+            if (c >= b) return 0;
             if (weight_type(record) == WeightType::int8 && (a > int8_most_values || b > int8_most_values)) return 0;
             return lstm_bytes(header, record);
         case RecordKind::dense:
@@ -169,8 +171,8 @@ bool state_fits(const Image& image) {
     bool uniform = true;
     for (const ImageRecord& record : image) {
         if (record.kind != static_cast<std::uint32_t>(RecordKind::lstm)) continue;
-        const std::uint64_t directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
-        const std::uint64_t h_size = record.sizes[2] ? record.sizes[2] : record.sizes[1];
+        const std::uint64_t directions = direction_count(record);
+        const std::uint64_t h_size = recurrent_size(record);
         uniform = uniform && h_size == header.h_size && record.sizes[1] == header.c_size;
         rows += directions;
         h_values += directions * h_size;
@@ -190,7 +192,35 @@ bool columns_fit(std::uint32_t input_size, const unsigned char* data, std::uint3
     return true;
 }
 
-bool records_fit(const Image& image, const unsigned char* bytes) {
+constexpr ImageStatus left_out(LeftOut option) {
+    return static_cast<ImageStatus>(static_cast<int>(ImageStatus::unsupported) + static_cast<int>(option));
+}
+
+/// Whether this build runs the options that an LSTM record names.
+ImageStatus check_options(const ImageRecord& record) {
+    constexpr std::uint32_t plain = static_cast<std::uint32_t>(Activation::sigmoid) |
+                                    static_cast<std::uint32_t>(Activation::tanh) << 8 |
+                                    static_cast<std::uint32_t>(Activation::tanh) << 16;
+    if (record.flags & ~LayerFlags::all) return ImageStatus::format;
+    for (int bit = 0; LayerFlags::supported != LayerFlags::all && bit < 8; ++bit)
+        if (record.flags & ~LayerFlags::supported & 1u << bit) return left_out(static_cast<LeftOut>(bit));
+    if (plain_only && record.sizes[2]) return left_out(LeftOut::projection);
+    if (plain_only && record.activations != plain) return left_out(LeftOut::activation);
+    if (float32_only && record.layout > packed_layout && record.layout <= last_layout)
+        return left_out(LeftOut::narrow_weights);
+    return ImageStatus::ok;
+}
+
+/// The same of cell_clip and zoneout, with which the data of an LSTM record end.
+ImageStatus check_constants(const unsigned char* end) {
+    if (!plain_only) return ImageStatus::ok;
+    float constants[3];
+    std::memcpy(constants, end - sizeof(constants), sizeof(constants));
+    if (constants[0] > 0.0f) return left_out(LeftOut::cell_clip);
+    return constants[1] == 0.0f && constants[2] == 0.0f ? ImageStatus::ok : left_out(LeftOut::zoneout);
+}
+
+ImageStatus check_records(const Image& image, const unsigned char* bytes) {
     const ImageHeader& header = image.header();
     std::uint64_t end =
         sizeof(ImageHeader) + std::uint64_t{header.record_count} * sizeof(ImageRecord);  // of all so far
@@ -198,39 +228,50 @@ bool records_fit(const Image& image, const unsigned char* bytes) {
     int last_stage = 0;
     std::uint32_t seen = 0;
     for (const ImageRecord& record : image) {
-        if (record.kind == 0 || record.kind > static_cast<std::uint32_t>(RecordKind::skip)) return false;
-        if (record.zeros[0] || record.zeros[1]) return false;
+        if (record.kind == 0 || record.kind > static_cast<std::uint32_t>(RecordKind::skip)) return ImageStatus::format;
+        if (record.zeros[0] || record.zeros[1]) return ImageStatus::format;
         // Each begins where the one before it ends, so that none overlap and none lie outside.
         end = (end + data_alignment - 1) / data_alignment * data_alignment;
-        if (record.offset != end || end > header.length || record.length > header.length - end) return false;
-        if (record.length == 0 || record.length != expected_length(header, record)) return false;
+        if (record.offset != end || end > header.length || record.length > header.length - end)
+            return ImageStatus::format;
         end += record.length;
 
         const auto kind = static_cast<RecordKind>(record.kind);
+        if (kind == RecordKind::lstm) {
+            const ImageStatus status = check_options(record);
+            if (status != ImageStatus::ok) return status;
+        }
+        if (record.length == 0 || record.length != expected_length(header, record)) return ImageStatus::format;
+        if (kind == RecordKind::lstm) {
+            const ImageStatus status = check_constants(bytes + record.offset + record.length);
+            if (status != ImageStatus::ok) return status;
+        }
         const bool repeats = kind == RecordKind::lstm || kind == RecordKind::dense;
-        if (!repeats && (seen & (1u << record.kind))) return false;
+        if (!repeats && (seen & (1u << record.kind))) return ImageStatus::format;
         seen |= 1u << record.kind;
         if (const int place = stage(kind, last_stage)) {
-            if (place < last_stage || record.sizes[0] != width) return false;
-            if (place > 3 && last_stage < 3) return false;
+            if (place < last_stage || record.sizes[0] != width) return ImageStatus::format;
+            if (place > 3 && last_stage < 3) return ImageStatus::format;
             last_stage = place;
             if (kind == RecordKind::dense) width = record.sizes[1];
             if (kind == RecordKind::lstm) {
-                const std::uint64_t directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
-                const std::uint64_t output = (record.sizes[2] ? record.sizes[2] : record.sizes[1]) * directions;
-                if ((record.flags & LayerFlags::residual) && output != width) return false;
-                width = output + (record.flags & LayerFlags::cells ? record.sizes[1] * directions : 0);
+                const std::uint64_t directions = direction_count(record);
+                const std::uint64_t output = recurrent_size(record) * directions;
+                const std::uint32_t flags = layer_flags(record);
+                if ((flags & LayerFlags::residual) && output != width) return ImageStatus::format;
+                width = output + (flags & LayerFlags::cells ? record.sizes[1] * directions : 0);
             }
             if (kind == RecordKind::skip && !columns_fit(header.input_size, bytes + record.offset, record.sizes[0]))
-                return false;
+                return ImageStatus::format;
         } else if (kind == RecordKind::feature_names || kind == RecordKind::output_names) {
             const std::uint32_t count = kind == RecordKind::feature_names ? header.input_size : header.output_size;
-            if (record.sizes[0] != count) return false;
+            if (record.sizes[0] != count) return ImageStatus::format;
             if (!names_are_whole(reinterpret_cast<const char*>(bytes + record.offset), record.length, count))
-                return false;
+                return ImageStatus::format;
         }
     }
-    return state_fits(image) && width == header.output_size && end == header.length;
+    const bool fits = state_fits(image) && width == header.output_size && end == header.length;
+    return fits ? ImageStatus::ok : ImageStatus::format;
 }
 
 /// Bitwise by nibbles: sixteen table entries are small enough for a microcontroller.
@@ -314,12 +355,11 @@ ImageStatus check_narrow(Values values, WeightType type, const unsigned char* pa
 /// A float32 LSTM record with narrow weights.
 ImageStatus check_narrow_record(Values values, const ImageHeader& header, const ImageRecord& record,
                                 const unsigned char* data) {
-    const std::size_t recurrent = record.sizes[2] ? record.sizes[2] : record.sizes[1];
+    const std::size_t recurrent = recurrent_size(record);
     const std::uint64_t options = 4 * option_values(record);
     const std::uint64_t packed = direction_bytes(header, record);
-    const int directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
     const unsigned char* at = data;
-    for (int direction = 0; direction < directions; ++direction) {
+    for (std::uint32_t direction = 0; direction < direction_count(record); ++direction) {
         ImageStatus status = check_narrow(values, weight_type(record), at, record.sizes[0], record.sizes[1], recurrent);
         if (status == ImageStatus::ok) status = check_floats(values, at + packed, options);
         if (status != ImageStatus::ok) return status;
@@ -330,7 +370,32 @@ ImageStatus check_narrow_record(Values values, const ImageHeader& header, const 
 
 }  // namespace
 
+#if defined(CELLSTEP_NO_TEXTS)
+const char* image_status_text(ImageStatus) { return ""; }
+#else
 const char* image_status_text(ImageStatus status) {
+#define CELLSTEP_LEFT_OUT(option, macro)                                                        \
+    "the model has " option ", which this build leaves out to be small: compile without " macro \
+    ", or export a "                                                                            \
+    "model without it"
+    static const char* const options[] = {
+        CELLSTEP_LEFT_OUT("a bidirectional layer", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with peephole", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with layer_norm", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a coupled layer", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a residual layer", "CELLSTEP_PLAIN_ONLY"),
+        nullptr,
+        CELLSTEP_LEFT_OUT("a layer with return_cell_states", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("fast_activations", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with proj_size", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with other activations than sigmoid and tanh", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with cell_clip", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with zoneout", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("bfloat16, float16 or int8 weights", "CELLSTEP_FLOAT32_ONLY"),
+    };
+#undef CELLSTEP_LEFT_OUT
+    const int option = static_cast<int>(status) - static_cast<int>(ImageStatus::unsupported);
+    if (option >= 0 && option < static_cast<int>(sizeof(options) / sizeof(options[0]))) return options[option];
     switch (status) {
         case ImageStatus::ok:
         case ImageStatus::argument:
@@ -355,9 +420,12 @@ const char* image_status_text(ImageStatus status) {
             return "a weight is NaN or infinite: train the model again";
         case ImageStatus::alignment:
             return "expected memory aligned to 8 bytes: align it, or load with cellstep_model_load_memory";
+        case ImageStatus::unsupported:
+            break;
     }
     return nullptr;
 }
+#endif
 
 const ImageRecord* Image::find(RecordKind kind) const {
     for (const ImageRecord& record : *this)
@@ -388,7 +456,8 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image) {
     if (header.version > current_version) return ImageStatus::newer;
     if (header.version < current_version) return ImageStatus::version;
     if (header.length != size) return ImageStatus::length;
-    if (header.dtype > static_cast<std::uint32_t>(DataType::float64)) return ImageStatus::dtype;
+    if (header.dtype > static_cast<std::uint32_t>(float32_only ? DataType::float32 : DataType::float64))
+        return ImageStatus::dtype;
     const std::uint32_t sizes[] = {header.input_size, header.output_size, header.state_layers, header.h_size,
                                    header.c_size};
     for (const std::uint32_t value : sizes)
@@ -396,7 +465,8 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image) {
     if (header.window > largest_size || header.horizon > largest_size) return ImageStatus::format;
     if (header.answers > static_cast<std::uint32_t>(Answers::hidden)) return ImageStatus::format;
     if (header.record_count > (size - sizeof(ImageHeader)) / sizeof(ImageRecord)) return ImageStatus::format;
-    if (!records_fit(candidate, bytes)) return ImageStatus::format;
+    const ImageStatus status = check_records(candidate, bytes);
+    if (status != ImageStatus::ok) return status;
     *image = candidate;
     return ImageStatus::ok;
 }

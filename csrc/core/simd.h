@@ -15,20 +15,31 @@
 #if !defined(CELLSTEP_STRICT)
 #if defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 2)
+#include <arm_mve.h>
 #elif defined(__aarch64__) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA))
 #include <arm_neon.h>
 #endif
 #endif
 
-/// For functions that pass vectors: a call would send them through memory.
+/// For functions that pass vectors: a call would send them through memory. Where code is to be small they are called.
+#if defined(CELLSTEP_COMPACT) && defined(__OPTIMIZE_SIZE__)
+#define CELLSTEP_INLINE inline
+#else
 #define CELLSTEP_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace cellstep {
 namespace core {
 namespace CELLSTEP_ISA {
 
-/// Bytes of the widest vector register.
-#if defined(__AVX512F__)
+/// Bytes of the widest vector register; those of a float where there is none or, with CELLSTEP_COMPACT, of 16 at most.
+#if defined(CELLSTEP_COMPACT) && !defined(__SSE2__) && !defined(__ARM_NEON) && !defined(__wasm_simd128__) && \
+    !(defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 2))
+constexpr int native_bytes = 4;
+#elif defined(CELLSTEP_COMPACT)
+constexpr int native_bytes = 16;
+#elif defined(__AVX512F__)
 constexpr int native_bytes = 64;
 #elif defined(__AVX__)
 constexpr int native_bytes = 32;
@@ -44,7 +55,8 @@ constexpr int native_registers = 16;
 #endif
 
 /// Whether fma() rounds once.
-#if !defined(CELLSTEP_STRICT) && (defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF))
+#if !defined(CELLSTEP_STRICT) && \
+    (defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA))
 constexpr bool has_fma = true;
 #else
 constexpr bool has_fma = false;
@@ -55,23 +67,43 @@ struct VectorOf {
     typedef T type __attribute__((vector_size(Lanes * sizeof(T))));
 };
 
+/// One lane is the plain type: compilers keep vectors of one value in other registers.
+template <class T>
+struct VectorOf<T, 1> {
+    using type = T;
+};
+
 /// A vector of `Lanes` values of T, with the operators of the compiler's vector extension.
 template <class T, int Lanes>
 using Vector = typename VectorOf<T, Lanes>::type;
 
 template <class T>
-constexpr int native_lanes = native_bytes / static_cast<int>(sizeof(T));
+constexpr int native_lanes = native_bytes > static_cast<int>(sizeof(T)) ? native_bytes / static_cast<int>(sizeof(T))
+                                                                        : 1;
 
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
+/// Of one lane directly: through memcpy it would pass through a register for integers.
 template <class V, class T>
 inline V load(const T* source) {
-    V value;
-    __builtin_memcpy(&value, source, sizeof(V));
-    return value;
+    if constexpr (is_same<V, T>) {
+        return *source;
+    } else {
+        V value;
+        __builtin_memcpy(&value, source, sizeof(V));
+        return value;
+    }
 }
 
 template <class V, class T>
 inline void store(T* target, V value) {
-    __builtin_memcpy(target, &value, sizeof(V));
+    if constexpr (is_same<V, T>)
+        *target = value;
+    else
+        __builtin_memcpy(target, &value, sizeof(V));
 }
 
 /// Subtracting zero keeps the sign of a negative zero, which adding zero would lose.
@@ -86,6 +118,34 @@ inline To bit_cast(From from) {
     To to;
     __builtin_memcpy(&to, &from, sizeof(To));
     return to;
+}
+
+/// One lane of a vector, also where it is the only one.
+template <class T, class V>
+inline T lane_of(const V& value, int lane) {
+    T values[sizeof(V) / sizeof(T)];
+    __builtin_memcpy(values, &value, sizeof(V));
+    return values[lane];
+}
+
+template <class To, class From>
+struct Conversion {
+    static To of(From from) { return __builtin_convertvector(from, To); }
+};
+#define CELLSTEP_CONVERSION(To, From)                             \
+    template <>                                                   \
+    struct Conversion<To, From> {                                 \
+        static To of(From from) { return static_cast<To>(from); } \
+    };
+CELLSTEP_CONVERSION(float, std::int32_t)
+CELLSTEP_CONVERSION(std::uint32_t, std::uint16_t)
+CELLSTEP_CONVERSION(unsigned char, std::int32_t)
+#undef CELLSTEP_CONVERSION
+
+/// Converts lane by lane.
+template <class To, class From>
+inline To convert(From from) {
+    return Conversion<To, From>::of(from);
 }
 
 /// A vector as two of half its width. Where the instruction set has moves between them they are given below: through
@@ -227,6 +287,12 @@ template <>
 inline Vector<double, 2> fma(Vector<double, 2> a, Vector<double, 2> b, Vector<double, 2> c) {
     return _mm_fmadd_pd(a, b, c);
 }
+#elif defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 2)
+template <>
+inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
+    return bit_cast<Vector<float, 4> >(
+        vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b)));
+}
 #elif defined(__aarch64__) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA))
 template <>
 inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
@@ -246,7 +312,7 @@ inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float
 }
 #endif
 
-#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF)
+#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA)
 template <>
 inline float fma(float a, float b, float c) {
     return __builtin_fmaf(a, b, c);

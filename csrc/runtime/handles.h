@@ -50,7 +50,6 @@ struct Slide {
 struct cellstep_session {
     const cellstep_model* model;
     float* state;    ///< h, then c
-    float* initial;  ///< the same of a fresh stream
     float* answers;  ///< (answer_steps, output_size): of the steps that a self-test makes at once
     std::size_t answer_steps;
     cellstep::runtime::Work work;
@@ -61,8 +60,7 @@ struct cellstep_session {
 struct cellstep_pool {
     const cellstep_model* model;
     std::size_t streams;
-    float* state;    ///< h (state_layers, streams, h_size), then c (state_layers, streams, c_size)
-    float* initial;  ///< h, then c of one fresh stream
+    float* state;  ///< h (state_layers, streams, h_size), then c (state_layers, streams, c_size)
     cellstep::runtime::Work work;
     bool on_heap;
 };
@@ -73,10 +71,15 @@ namespace runtime {
 /// Steps of a window or of a bidirectional call, and streams of a pool: as many as a deploy file may name.
 constexpr std::size_t most_steps = std::size_t{1} << 24;
 
-/// Weights and the memory of calls begin at a cache line: elsewhere the kernels take half as long again.
-constexpr std::size_t line = 64;
 /// What memory that a caller gives is aligned to.
 constexpr std::size_t caller_alignment = 8;
+/// Weights and the memory of calls begin at a cache line: elsewhere the kernels take half as long again. For small
+/// targets memory is dearer.
+#if defined(CELLSTEP_COMPACT)
+constexpr std::size_t line = caller_alignment;
+#else
+constexpr std::size_t line = 64;
+#endif
 
 /// Cuts memory into parts that begin at cache lines; without memory it only counts.
 class Parts {

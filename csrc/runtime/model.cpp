@@ -39,7 +39,12 @@ void make_plan(const core::Image& image, Work& work) {
 }  // namespace runtime
 }  // namespace cellstep
 
+#if defined(CELLSTEP_NO_TEXTS)
+const char* cellstep_status_text(cellstep_status) { return "no texts in this build: see cellstep_status"; }
+#else
 const char* cellstep_status_text(cellstep_status status) {
+    const char* const text = cellstep::core::image_status_text(static_cast<ImageStatus>(status));
+    if (text) return text;
     switch (status) {
         case CELLSTEP_OK:
             return "ok";
@@ -49,16 +54,6 @@ const char* cellstep_status_text(cellstep_status status) {
             return "not enough memory: give or free more, or use a smaller model";
         case CELLSTEP_ERROR_FILE:
             return "the file cannot be opened or read: check its path and permissions";
-        case CELLSTEP_ERROR_MAGIC:
-        case CELLSTEP_ERROR_VERSION:
-        case CELLSTEP_ERROR_LENGTH:
-        case CELLSTEP_ERROR_CHECKSUM:
-        case CELLSTEP_ERROR_FORMAT:
-        case CELLSTEP_ERROR_DTYPE:
-        case CELLSTEP_ERROR_NONFINITE:
-        case CELLSTEP_ERROR_ALIGNMENT:
-        case CELLSTEP_ERROR_NEWER:
-            return cellstep::core::image_status_text(static_cast<ImageStatus>(status));
         case CELLSTEP_ERROR_SELFTEST:
             return "the test vector in the file gives other numbers here: report this machine and compiler";
         case CELLSTEP_PENDING:
@@ -71,9 +66,12 @@ const char* cellstep_status_text(cellstep_status status) {
                    "sessions";
         case CELLSTEP_ERROR_SHAPE:
             return "the models differ in sizes or layers, so none can take the other's place: create a new session";
+        default:
+            break;
     }
     return "unknown status: the caller and the library are of different versions";
 }
+#endif
 
 const char* cellstep_version(void) { return CELLSTEP_VERSION_STRING; }
 

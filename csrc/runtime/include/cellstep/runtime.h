@@ -89,7 +89,11 @@ typedef enum cellstep_status {
     CELLSTEP_ERROR_STEPS = 14,         /**< more steps at once than a bidirectional session's memory was made for */
     CELLSTEP_ERROR_BIDIRECTIONAL = 15, /**< a pool of a bidirectional model, which has no answer step by step */
     CELLSTEP_ERROR_SHAPE = 16,         /**< a model to swap in is of another shape */
-    CELLSTEP_ERROR_NEWER = 17          /**< a deploy file newer than those that this build reads */
+    CELLSTEP_ERROR_NEWER = 17,         /**< a deploy file newer than those that this build reads */
+    CELLSTEP_ERROR_UNSUPPORTED = 32,   /**< this and the values up to the next one: the model has an option that this
+                                            build leaves out to be small (CELLSTEP_PLAIN_ONLY, CELLSTEP_FLOAT32_ONLY);
+                                            each option has a value, and its text names it */
+    CELLSTEP_ERROR_UNSUPPORTED_LAST = 47
 } cellstep_status;
 
 /** One line on what a status means and what to do; never null, also for an unknown value. */
@@ -101,7 +105,7 @@ CELLSTEP_API const char* cellstep_version(void);
 /** The CELLSTEP_API_VERSION that this library was made with: a program needs at least the one of its header. */
 CELLSTEP_API int cellstep_api_version(void);
 
-/** Instruction set in use: "baseline", "avx2", "avx512" or "native". */
+/** Instruction set in use: "baseline", "avx2", "avx512" or "native"; "compact" where the library is built small. */
 CELLSTEP_API const char* cellstep_instruction_set(void);
 
 /* Models */
