@@ -10,7 +10,8 @@
 namespace cellstep {
 namespace core {
 
-/// While it lives, this thread takes denormal numbers for zero, as operands and as results.
+/// While it lives, this thread takes denormal numbers for zero, as operands and as results. RISC-V, WebAssembly and
+/// arithmetic in software have no such mode: there they are numbers like any other.
 class FlushDenormals {
 public:
 #if defined(__SSE2__)
@@ -36,6 +37,15 @@ private:
 
 private:
     std::uint64_t before_;
+#elif defined(__ARM_FP)
+    FlushDenormals() {
+        __asm__ volatile("vmrs %0, fpscr" : "=r"(before_));
+        __asm__ volatile("vmsr fpscr, %0" : : "r"(before_ | std::uint32_t{1} << 24) : "memory");
+    }
+    ~FlushDenormals() { __asm__ volatile("vmsr fpscr, %0" : : "r"(before_) : "memory"); }
+
+private:
+    std::uint32_t before_;
 #else
     FlushDenormals() {}
     ~FlushDenormals() {}
