@@ -40,6 +40,12 @@ CELLSTEP_DECLARE(baseline)
 CELLSTEP_DECLARE(avx2)
 CELLSTEP_DECLARE(avx512)
 
+/// Leaf 1, bit 29 of ecx: clang's __builtin_cpu_supports knows this one from 16 on.
+static bool has_f16c() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
 #if defined(CELLSTEP_AVX_VNNI)
 /// Leaf 7, subleaf 1, bit 4 of eax: not every compiler's __builtin_cpu_supports knows this one.
 static bool has_avx_vnni() {
@@ -50,8 +56,7 @@ static bool has_avx_vnni() {
 
 static Choice choose() {
     __builtin_cpu_init();
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vl");
     const char* wish = std::getenv("CELLSTEP_CPU");

@@ -3,123 +3,12 @@
 #include <cstring>
 
 #include "core/denormals.h"
+#include "core/model.h"
 
 namespace cellstep {
 namespace core {
 
 namespace {
-
-RecordKind kind_of(const ImageRecord& record) { return static_cast<RecordKind>(record.kind); }
-
-Activation activation_at(const ImageRecord& record, int place) {
-    return static_cast<Activation>(record.activations >> (8 * place) & 255);
-}
-
-/// One direction of an LSTM record.
-template <class T>
-struct Direction {
-    const void* packed;
-    LayerOptions<T> options;
-    const T* initial_h;  ///< null: zero
-    const T* initial_c;
-    bool plain;  ///< nothing that layer_forward does not know
-};
-
-template <class T>
-struct LstmLayer {
-    std::size_t input_size;
-    std::size_t hidden_size;
-    std::size_t recurrent_size;
-    std::size_t direction_count;
-    bool residual;
-    bool cells;  ///< gives c behind h
-    WeightType weights;
-    Direction<T> directions[2];
-
-    std::size_t h_columns() const { return direction_count * recurrent_size; }
-    std::size_t output_size() const { return h_columns() + (cells ? direction_count * hidden_size : 0); }
-};
-
-template <class T>
-LstmLayer<T> lstm_layer(const Image& image, const ImageRecord& record) {
-    LstmLayer<T> layer{};
-    layer.input_size = record.sizes[0];
-    layer.hidden_size = record.sizes[1];
-    layer.recurrent_size = record.sizes[2] ? record.sizes[2] : record.sizes[1];
-    layer.direction_count = record.flags & LayerFlags::bidirectional ? 2 : 1;
-    layer.residual = record.flags & LayerFlags::residual;
-    layer.cells = record.flags & LayerFlags::cells;
-    const std::size_t units = layer.hidden_size;
-    layer.weights = weight_type(record);
-    const std::size_t packed =
-        static_cast<std::size_t>(packed_bytes<T>(layer.weights, layer.input_size, units, layer.recurrent_size));
-    const T* data = image.data<T>(record);
-    const auto take = [&data](bool there, std::size_t count) {
-        const T* begin = data;
-        if (there) data += count;
-        return there ? begin : nullptr;
-    };
-    for (std::size_t place = 0; place < layer.direction_count; ++place) {
-        Direction<T>& direction = layer.directions[place];
-        LayerOptions<T>& options = direction.options;
-        const bool norm = record.flags & LayerFlags::layer_norm;
-        const bool initial = record.flags & LayerFlags::initial;
-        direction.packed = take(true, packed / sizeof(T));
-        options.projection = take(record.sizes[2] != 0, units * layer.recurrent_size);
-        options.peephole = take(record.flags & LayerFlags::peephole, 3 * units);
-        options.norm_ih = take(norm, 4 * units);
-        options.norm_hh = take(norm, 4 * units);
-        options.norm_c = take(norm, units);
-        options.norm_c_bias = take(norm, units);
-        direction.initial_h = take(initial, layer.recurrent_size);
-        direction.initial_c = take(initial, units);
-        options.coupled = record.flags & LayerFlags::coupled;
-        options.gate = activation_at(record, 0);
-        options.candidate = activation_at(record, 1);
-        options.output = activation_at(record, 2);
-        options.fast = record.flags & LayerFlags::fast;
-    }
-    for (std::size_t place = 0; place < layer.direction_count; ++place) {
-        Direction<T>& direction = layer.directions[place];
-        LayerOptions<T>& options = direction.options;
-        options.cell_clip = data[0];
-        options.zoneout_h = data[1];
-        options.zoneout_c = data[2];
-        direction.plain = !options.coupled && !options.projection && !options.peephole && !options.norm_ih &&
-                          options.gate == Activation::sigmoid && options.candidate == Activation::tanh &&
-                          options.output == Activation::tanh && !(options.cell_clip > T(0)) &&
-                          options.zoneout_h == T(0) && options.zoneout_c == T(0);
-    }
-    return layer;
-}
-
-/// Where the state of one layer and direction lies: `batch` rows, `stride` values from one to the next.
-template <class T>
-struct StateRows {
-    T* data;
-    std::size_t stride;
-};
-
-/// Place of a layer and direction among all states: its number, and the values of those before it.
-struct StatePlace {
-    std::size_t row = 0;
-    std::size_t h_at = 0;
-    std::size_t c_at = 0;
-
-    template <class T>
-    StateRows<T> h(const ImageHeader& header, T* state, std::size_t batch) const {
-        return {header.state_layers > 1 ? state + row * batch * header.h_size : state + h_at, header.h_size};
-    }
-    template <class T>
-    StateRows<T> c(const ImageHeader& header, T* state, std::size_t batch) const {
-        return {header.state_layers > 1 ? state + row * batch * header.c_size : state + c_at, header.c_size};
-    }
-    void next(std::size_t h_size, std::size_t c_size) {
-        ++row;
-        h_at += h_size;
-        c_at += c_size;
-    }
-};
 
 template <class T>
 void copy_rows(std::size_t rows, std::size_t width, const T* from, std::size_t from_stride, T* to,
@@ -152,8 +41,8 @@ constexpr std::size_t cached_weights = 1u << 18;
 
 /// Values in a cache line, to which memory is rounded up.
 template <class T>
-constexpr std::size_t whole_lines(std::size_t values) {
-    constexpr std::size_t line = 64 / sizeof(T);
+constexpr std::uint64_t whole_lines(std::uint64_t values) {
+    constexpr std::uint64_t line = 64 / sizeof(T);
     return (values + line - 1) / line * line;
 }
 
@@ -175,60 +64,70 @@ struct Layout {
     std::size_t cells;      ///< of c of every step of a layer and direction that gives it
     std::size_t workspace;  ///< of what a layer wants while it runs
     std::size_t share;      ///< of what a share of the rows wants
+    std::uint64_t scratch;  ///< of all shares, also where size_t cannot hold it
 
     /// For calls of `batch` rows and at most `steps` steps.
     Layout(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
-        std::size_t widest = image.header().input_size;
-        std::size_t units = 0;             // of the largest layer
-        std::size_t units_with_cells = 0;  // of the largest that gives its c
-        std::size_t most = 0;              // multiply-adds of the largest layer in one step of one row
-        std::size_t least = 0;             // and of the smallest
-        const auto larger = [](std::size_t a, std::size_t b) { return a > b ? a : b; };
+        // In 64 bits, in which no product of sizes that a file may name overflows.
+        using Count = std::uint64_t;
+        Count widest = image.header().input_size;
+        Count units = 0;             // of the largest layer
+        Count units_with_cells = 0;  // of the largest that gives its c
+        Count most = 0;              // multiply-adds of the largest layer in one step of one row
+        Count least = 0;             // and of the smallest
+        const auto larger = [](Count a, Count b) { return a > b ? a : b; };
         for (const ImageRecord& record : image) {
-            const std::size_t size = record.sizes[1];
+            const Count size = record.sizes[1];
             if (kind_of(record) == RecordKind::dense) widest = larger(widest, size);
             if (kind_of(record) != RecordKind::lstm) continue;
             const bool gives_cells = record.flags & LayerFlags::cells;
-            const std::size_t directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
+            const Count directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
             widest = larger(widest, (gives_cells ? 2 : 1) * directions * size);
             units = larger(units, size);
             if (gives_cells) units_with_cells = larger(units_with_cells, size);
-            const std::size_t count =
-                gate_count * size * (record.sizes[0] + (record.sizes[2] ? record.sizes[2] : size));
+            const Count count = gate_count * size * (record.sizes[0] + (record.sizes[2] ? record.sizes[2] : size));
             most = larger(most, count);
             least = layers == 0 || count < least ? count : least;
             bidirectional = bidirectional || (record.flags & LayerFlags::bidirectional);
             ++layers;
         }
-        const std::size_t kept = chunk_values / (batch * widest);
+        const std::size_t kept = static_cast<std::size_t>(chunk_values / (batch * widest));
         chunk = batch < chunk_rows ? chunk_rows / batch : 1;
         if (chunk < kept) chunk = kept < longest_chunk ? kept : longest_chunk;
         if (most > cached_weights && chunk < chunk_of_large_layers) chunk = chunk_of_large_layers;
         if (bidirectional || steps < chunk) chunk = steps;
-        std::size_t longest = chunk;
+        Count longest = chunk;
         if (parallel && parallel->threads > 1) {
             const bool cached = most <= cached_weights;
             if (batch >= 2 * parallel->threads && cached && most * batch * steps >= 2 * worth_a_thread) {
                 row_shares = parallel->threads;
             } else if (!bidirectional && layers > 1 && cached) {
-                wave = worth_a_thread / ((least + beside_a_step) * batch) + 1;
+                wave = static_cast<std::size_t>(worth_a_thread / ((least + beside_a_step) * batch) + 1);
                 longest = larger(chunk, wave);
             }
         }
         const Parallel* of_layers = row_shares > 1 ? nullptr : parallel;
         rows = (batch + row_shares - 1) / row_shares;
-        between = whole_lines<T>(longest * rows * widest);
-        state = whole_lines<T>(2 * rows * units);
-        cells = whole_lines<T>(longest * rows * units_with_cells);
-        direction = 0;
+        const Count between_values = whole_lines<T>(longest * rows * widest);
+        const Count state_values = whole_lines<T>(2 * rows * units);
+        const Count cell_values = whole_lines<T>(longest * rows * units_with_cells);
+        Count layer_values = 0;
         for (const ImageRecord& record : image) {
             if (kind_of(record) != RecordKind::lstm) continue;
-            direction = larger(direction, layer_scratch(longest, rows, record.sizes[0], record.sizes[1], of_layers));
-            direction = larger(direction, variant_scratch(longest, rows, record.sizes[0], record.sizes[1]));
+            layer_values =
+                larger(layer_values, layer_scratch(longest, rows, record.sizes[0], record.sizes[1], of_layers));
+            layer_values = larger(layer_values, variant_scratch(longest, rows, record.sizes[0], record.sizes[1]));
         }
-        direction = state + cells + whole_lines<T>(direction);
-        workspace = 2 * between + (bidirectional ? 2 : 1) * direction;
-        share = (wave ? layers : 1) * (workspace + 2 * between);
+        const Count direction_values = state_values + cell_values + whole_lines<T>(layer_values);
+        const Count workspace_values = 2 * between_values + (bidirectional ? 2 : 1) * direction_values;
+        const Count share_values = (wave ? layers : 1) * (workspace_values + 2 * between_values);
+        between = static_cast<std::size_t>(between_values);
+        state = static_cast<std::size_t>(state_values);
+        cells = static_cast<std::size_t>(cell_values);
+        direction = static_cast<std::size_t>(direction_values);
+        workspace = static_cast<std::size_t>(workspace_values);
+        share = static_cast<std::size_t>(share_values);
+        scratch = row_shares * share_values;
     }
 
     /// Whether a call runs as a wavefront: it has at least four chunks, each worth a thread. With fewer the layers
@@ -640,7 +539,7 @@ std::size_t bytes_of_plan(std::size_t layers) {
 /// Values that a plan takes at the begin of scratch memory of unknown alignment.
 template <class T>
 std::size_t plan_values(std::size_t layers) {
-    return whole_lines<T>(bytes_of_plan<T>(layers) / sizeof(T) + 1) + 64 / sizeof(T);
+    return static_cast<std::size_t>(whole_lines<T>(bytes_of_plan<T>(layers) / sizeof(T) + 1)) + 64 / sizeof(T);
 }
 
 }  // namespace
@@ -711,22 +610,22 @@ const Plan<T>* make_plan(const Image& image, std::size_t steps, std::size_t batc
         }
     }
     const LstmLayer<T>& layer = stages[0].layer;
-    plan->prepared_size = whole_lines<T>(layer.input_size);
-    for (std::size_t at = 0; at < layer.direction_count; ++at) {
-        plan->prepared_sums[at] = plan->prepared_size;
-        plan->prepared_size += whole_lines<T>(gate_count * padded_size(layer.hidden_size));
-    }
+    plan->prepared_size = static_cast<std::size_t>(prepared_size<T>(image));
+    plan->prepared_sums[0] = static_cast<std::size_t>(whole_lines<T>(layer.input_size));
+    plan->prepared_sums[1] = (plan->prepared_sums[0] + plan->prepared_size) / 2;  // the second of two alike
     return plan;
 }
 
 template <class T>
-std::size_t plan_scratch(const Plan<T>& plan) {
-    return plan.layout.row_shares * plan.layout.share;
+std::uint64_t plan_scratch(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
+    return Layout<T>(image, steps, batch, parallel).scratch;
 }
 
 template <class T>
-std::size_t prepared_size(const Plan<T>& plan) {
-    return plan.prepared_size;
+std::uint64_t prepared_size(const Image& image) {
+    const ImageRecord& record = *image.find(RecordKind::lstm);
+    const std::uint64_t sums = whole_lines<T>(gate_count * padded_size(record.sizes[1]));
+    return whole_lines<T>(record.sizes[0]) + (record.flags & LayerFlags::bidirectional ? 2 : 1) * sums;
 }
 
 template <class T>
@@ -770,7 +669,7 @@ template <class T>
 std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel) {
     if (steps == 0 || batch == 0) return 0;
     const Layout<T> layout(image, steps, batch, parallel);
-    return plan_values<T>(layout.layers) + layout.row_shares * layout.share;
+    return plan_values<T>(layout.layers) + static_cast<std::size_t>(layout.scratch);
 }
 
 template <class T>
@@ -803,8 +702,8 @@ void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
 #define CELLSTEP_INSTANTIATE(T)                                                                           \
     template std::size_t plan_bytes<T>(const Image&);                                                     \
     template const Plan<T>* make_plan<T>(const Image&, std::size_t, std::size_t, const Parallel*, void*); \
-    template std::size_t plan_scratch<T>(const Plan<T>&);                                                 \
-    template std::size_t prepared_size<T>(const Plan<T>&);                                                \
+    template std::uint64_t plan_scratch<T>(const Image&, std::size_t, std::size_t, const Parallel*);      \
+    template std::uint64_t prepared_size<T>(const Image&);                                                \
     template void prepare_step<T>(const Plan<T>&, const T*, T*, T*);                                      \
     template void run_model<T>(const Plan<T>&, const ModelRun<T>&, T*);                                   \
     template std::size_t model_scratch<T>(const Image&, std::size_t, std::size_t, const Parallel*);       \

@@ -44,22 +44,23 @@ template <class T>
 const Plan<T>* make_plan(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel,
                          void* memory);
 
-/// Values of scratch memory that every call of a plan needs. A long call is cut into chunks that stay in cache, so this
-/// does not grow with the steps, unless the model is bidirectional.
+/// Values of scratch memory that every call of such a plan needs, in 64 bits, as size_t may not hold it; in steps and
+/// rows of up to 2^24 no sum on the way overflows. A long call is cut into chunks that stay in cache, so this does not
+/// grow with the steps, unless the model is bidirectional.
 template <class T>
-std::size_t plan_scratch(const Plan<T>& plan);
+std::uint64_t plan_scratch(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel);
 
 /// No bit of the result hangs on how a stream is cut into calls, on the batch or on the threads.
 template <class T>
 void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch);
 
-/// Values that prepare_step writes; a multiple of 64 bytes.
+/// Values that prepare_step writes.
 template <class T>
-std::size_t prepared_size(const Plan<T>& plan);
+std::uint64_t prepared_size(const Image& image);
 
-/// Writes what hangs on one step of x (input_size) alone: the step as the first LSTM layer sees it, and the input part
-/// of that layer's gate sums for each direction. Each gate sum is one chain over bias, inputs and hidden values, so a
-/// run that goes on from here ends in the same bits.
+/// Writes what hangs on one step of x (input_size) alone: the step as the first LSTM layer sees it, and where memory is
+/// no matter the input part of that layer's gate sums for each direction. Each gate sum is one chain over bias, inputs
+/// and hidden values, so a run that goes on from here ends in the same bits.
 template <class T>
 void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch);
 

@@ -23,14 +23,15 @@ constexpr std::uint64_t data_alignment = 64;
 constexpr std::uint64_t largest_size = 1u << 24;
 
 std::uint64_t value_bytes(const ImageHeader& header) {
-    return header.dtype == static_cast<std::uint32_t>(DataType::float64) ? 8 : 4;
+    return !float32_only && header.dtype == static_cast<std::uint32_t>(DataType::float64) ? 8 : 4;
 }
 
 /// Whether a record's layout is one that its kind and the file's type can have.
 bool layout_fits(const ImageHeader& header, const ImageRecord& record) {
     switch (static_cast<RecordKind>(record.kind)) {
         case RecordKind::lstm:
-            return record.layout >= packed_layout && record.layout <= (value_bytes(header) == 4 ? last_layout : 1);
+            return record.layout >= packed_layout &&
+                   record.layout <= (value_bytes(header) == 4 && !float32_only ? last_layout : 1);
         case RecordKind::dense:
             return record.layout == packed_layout;
         default:
@@ -40,7 +41,7 @@ bool layout_fits(const ImageHeader& header, const ImageRecord& record) {
 
 /// Bytes of one direction's packed weights.
 std::uint64_t direction_bytes(const ImageHeader& header, const ImageRecord& record) {
-    const std::uint64_t recurrent = record.sizes[2] ? record.sizes[2] : record.sizes[1];
+    const std::uint64_t recurrent = recurrent_size(record);
     return value_bytes(header) == 8
                ? packed_bytes<double>(weight_type(record), record.sizes[0], record.sizes[1], recurrent)
                : packed_bytes<float>(weight_type(record), record.sizes[0], record.sizes[1], recurrent);
@@ -49,19 +50,20 @@ std::uint64_t direction_bytes(const ImageHeader& header, const ImageRecord& reco
 /// Values of one direction behind its packed weights.
 std::uint64_t option_values(const ImageRecord& record) {
     const std::uint64_t units = record.sizes[1];
-    const std::uint64_t recurrent = record.sizes[2] ? record.sizes[2] : units;
+    const std::uint64_t recurrent = recurrent_size(record);
+    const std::uint32_t flags = layer_flags(record);
     std::uint64_t values = 0;
-    if (record.sizes[2]) values += units * recurrent;
-    if (record.flags & LayerFlags::peephole) values += 3 * units;
-    if (record.flags & LayerFlags::layer_norm) values += 10 * units;
-    if (record.flags & LayerFlags::initial) values += recurrent + units;
+    if (recurrent != units) values += units * recurrent;
+    if (flags & LayerFlags::peephole) values += 3 * units;
+    if (flags & LayerFlags::layer_norm) values += 10 * units;
+    if (flags & LayerFlags::initial) values += recurrent + units;
     return values;
 }
 
 /// Bytes of an LSTM record: see image.h.
 std::uint64_t lstm_bytes(const ImageHeader& header, const ImageRecord& record) {
     const std::uint64_t direction = direction_bytes(header, record) + option_values(record) * value_bytes(header);
-    return direction * (record.flags & LayerFlags::bidirectional ? 2 : 1) + 3 * value_bytes(header);
+    return direction * direction_count(record) + 3 * value_bytes(header);
 }
 
 /// Activations that a record may name: three elementwise ones of an LSTM, one of a dense layer, else none.
@@ -94,7 +96,7 @@ std::uint64_t expected_length(const ImageHeader& header, const ImageRecord& reco
         case RecordKind::output_scaling:
             return 2 * a * value_bytes(header);
         case RecordKind::lstm:
-            if (c >= b || (record.flags & ~LayerFlags::all)) return 0;
+            if (c >= b) return 0;
             if (weight_type(record) == WeightType::int8 && (a > int8_most_values || b > int8_most_values)) return 0;
             return lstm_bytes(header, record);
         case RecordKind::dense:
@@ -110,6 +112,24 @@ std::uint64_t expected_length(const ImageHeader& header, const ImageRecord& reco
             return 4 * a;
     }
     return 0;
+}
+
+/// UTF-8 as RFC 3629 has it: no code point longer than it must be, no surrogates, none past U+10FFFF.
+bool is_utf8(const unsigned char* at, std::uint64_t length) {
+    static constexpr std::uint32_t least[] = {0, 0x80, 0x800, 0x10000};  // code point of a lead and so many bytes more
+    for (const unsigned char* const end = at + length; at != end;) {
+        const unsigned char lead = *at++;
+        if (lead < 0x80) continue;
+        const int more = lead >= 0xf0 ? 3 : lead >= 0xe0 ? 2 : 1;
+        if (lead < 0xc0 || lead > 0xf4 || end - at < more) return false;
+        std::uint32_t code = lead & (0x3f >> more);
+        for (int k = 0; k < more; ++k, ++at) {
+            if ((*at & 0xc0) != 0x80) return false;
+            code = code << 6 | (*at & 0x3f);
+        }
+        if (code < least[more] || code > 0x10ffff || code >> 11 == 0xd800 >> 11) return false;
+    }
+    return true;
 }
 
 /// Exactly `count` names, each ended by a zero byte, fill the data.
@@ -146,8 +166,8 @@ bool state_fits(const Image& image) {
     bool uniform = true;
     for (const ImageRecord& record : image) {
         if (record.kind != static_cast<std::uint32_t>(RecordKind::lstm)) continue;
-        const std::uint64_t directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
-        const std::uint64_t h_size = record.sizes[2] ? record.sizes[2] : record.sizes[1];
+        const std::uint64_t directions = direction_count(record);
+        const std::uint64_t h_size = recurrent_size(record);
         uniform = uniform && h_size == header.h_size && record.sizes[1] == header.c_size;
         rows += directions;
         h_values += directions * h_size;
@@ -158,52 +178,95 @@ bool state_fits(const Image& image) {
     return header.state_layers == 1 && header.h_size == h_values && header.c_size == c_values;
 }
 
-bool columns_fit(const ImageHeader& header, const unsigned char* data) {
-    for (std::uint32_t k = 0; k < header.output_size; ++k) {
+bool columns_fit(std::uint32_t input_size, const unsigned char* data, std::uint32_t count) {
+    for (std::uint32_t k = 0; k < count; ++k) {
         std::uint32_t column = 0;
         std::memcpy(&column, data + sizeof(column) * k, sizeof(column));
-        if (column >= header.input_size) return false;
+        if (column >= input_size) return false;
     }
     return true;
 }
 
-bool records_fit(const Image& image, const unsigned char* bytes) {
+constexpr ImageStatus left_out(LeftOut option) {
+    return static_cast<ImageStatus>(static_cast<int>(ImageStatus::unsupported) + static_cast<int>(option));
+}
+
+/// Whether this build runs the options that an LSTM record names.
+ImageStatus check_options(const ImageRecord& record) {
+    constexpr std::uint32_t plain = static_cast<std::uint32_t>(Activation::sigmoid) |
+                                    static_cast<std::uint32_t>(Activation::tanh) << 8 |
+                                    static_cast<std::uint32_t>(Activation::tanh) << 16;
+    if (record.flags & ~LayerFlags::all) return ImageStatus::format;
+    for (int bit = 0; LayerFlags::supported != LayerFlags::all && bit < 8; ++bit)
+        if (record.flags & ~LayerFlags::supported & 1u << bit) return left_out(static_cast<LeftOut>(bit));
+    if (plain_only && record.sizes[2]) return left_out(LeftOut::projection);
+    if (plain_only && record.activations != plain) return left_out(LeftOut::activation);
+    if (float32_only && record.layout > packed_layout && record.layout <= last_layout)
+        return left_out(LeftOut::narrow_weights);
+    return ImageStatus::ok;
+}
+
+/// The same of cell_clip and zoneout, with which the data of an LSTM record end.
+ImageStatus check_constants(const unsigned char* end) {
+    if (!plain_only) return ImageStatus::ok;
+    float constants[3];
+    std::memcpy(constants, end - sizeof(constants), sizeof(constants));
+    if (constants[0] > 0.0f) return left_out(LeftOut::cell_clip);
+    return constants[1] == 0.0f && constants[2] == 0.0f ? ImageStatus::ok : left_out(LeftOut::zoneout);
+}
+
+ImageStatus check_records(const Image& image, const unsigned char* bytes) {
     const ImageHeader& header = image.header();
-    const std::uint64_t data_begin = sizeof(ImageHeader) + std::uint64_t{header.record_count} * sizeof(ImageRecord);
+    std::uint64_t end =
+        sizeof(ImageHeader) + std::uint64_t{header.record_count} * sizeof(ImageRecord);  // of all so far
     std::uint64_t width = header.input_size;  // values of a step, as they pass from record to record
     int last_stage = 0;
     std::uint32_t seen = 0;
     for (const ImageRecord& record : image) {
-        if (record.kind == 0 || record.kind > static_cast<std::uint32_t>(RecordKind::skip)) return false;
-        if (record.zeros[0] || record.zeros[1]) return false;
-        if (record.offset % data_alignment || record.offset < data_begin || record.offset > header.length) return false;
-        if (record.length > header.length - record.offset) return false;
-        if (record.length == 0 || record.length != expected_length(header, record)) return false;
+        if (record.kind == 0 || record.kind > static_cast<std::uint32_t>(RecordKind::skip)) return ImageStatus::format;
+        if (record.zeros[0] || record.zeros[1]) return ImageStatus::format;
+        // Each begins where the one before it ends, so that none overlap and none lie outside.
+        end = (end + data_alignment - 1) / data_alignment * data_alignment;
+        if (record.offset != end || end > header.length || record.length > header.length - end)
+            return ImageStatus::format;
+        end += record.length;
 
         const auto kind = static_cast<RecordKind>(record.kind);
+        if (kind == RecordKind::lstm) {
+            const ImageStatus status = check_options(record);
+            if (status != ImageStatus::ok) return status;
+        }
+        if (record.length == 0 || record.length != expected_length(header, record)) return ImageStatus::format;
+        if (kind == RecordKind::lstm) {
+            const ImageStatus status = check_constants(bytes + record.offset + record.length);
+            if (status != ImageStatus::ok) return status;
+        }
         const bool repeats = kind == RecordKind::lstm || kind == RecordKind::dense;
-        if (!repeats && (seen & (1u << record.kind))) return false;
+        if (!repeats && (seen & (1u << record.kind))) return ImageStatus::format;
         seen |= 1u << record.kind;
         if (const int place = stage(kind, last_stage)) {
-            if (place < last_stage || record.sizes[0] != width) return false;
-            if (place > 3 && last_stage < 3) return false;
+            if (place < last_stage || record.sizes[0] != width) return ImageStatus::format;
+            if (place > 3 && last_stage < 3) return ImageStatus::format;
             last_stage = place;
             if (kind == RecordKind::dense) width = record.sizes[1];
             if (kind == RecordKind::lstm) {
-                const std::uint64_t directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
-                const std::uint64_t output = (record.sizes[2] ? record.sizes[2] : record.sizes[1]) * directions;
-                if ((record.flags & LayerFlags::residual) && output != width) return false;
-                width = output + (record.flags & LayerFlags::cells ? record.sizes[1] * directions : 0);
+                const std::uint64_t directions = direction_count(record);
+                const std::uint64_t output = recurrent_size(record) * directions;
+                const std::uint32_t flags = layer_flags(record);
+                if ((flags & LayerFlags::residual) && output != width) return ImageStatus::format;
+                width = output + (flags & LayerFlags::cells ? record.sizes[1] * directions : 0);
             }
-            if (kind == RecordKind::skip && !columns_fit(header, bytes + record.offset)) return false;
+            if (kind == RecordKind::skip && !columns_fit(header.input_size, bytes + record.offset, record.sizes[0]))
+                return ImageStatus::format;
         } else if (kind == RecordKind::feature_names || kind == RecordKind::output_names) {
             const std::uint32_t count = kind == RecordKind::feature_names ? header.input_size : header.output_size;
-            if (record.sizes[0] != count) return false;
+            if (record.sizes[0] != count) return ImageStatus::format;
             if (!names_are_whole(reinterpret_cast<const char*>(bytes + record.offset), record.length, count))
-                return false;
+                return ImageStatus::format;
         }
     }
-    return state_fits(image) && width == header.output_size;
+    const bool fits = state_fits(image) && width == header.output_size && end == header.length;
+    return fits ? ImageStatus::ok : ImageStatus::format;
 }
 
 /// Bitwise by nibbles: sixteen table entries are small enough for a microcontroller.
@@ -230,8 +293,9 @@ bool all_finite(const unsigned char* bytes, std::uint64_t length, Bits exponent)
     return true;
 }
 
-ImageStatus check_floats(const unsigned char* bytes, std::uint64_t length) {
-    return all_finite<std::uint32_t>(bytes, length, 0x7f800000u) ? ImageStatus::ok : ImageStatus::nonfinite;
+ImageStatus check_floats(Values values, const unsigned char* bytes, std::uint64_t length) {
+    if (values == Values::any || all_finite<std::uint32_t>(bytes, length, 0x7f800000u)) return ImageStatus::ok;
+    return ImageStatus::nonfinite;
 }
 
 /// The weights of one part of an int8 panel: none is -128, whose negative would not fit, and every column's sum is the
@@ -255,10 +319,10 @@ bool int8_weights_fit(const unsigned char* weights, std::uint64_t groups, std::s
 }
 
 /// The narrow weights of one direction.
-ImageStatus check_narrow(WeightType type, const unsigned char* packed, std::size_t inputs, std::size_t units,
-                         std::size_t recurrent) {
+ImageStatus check_narrow(Values values, WeightType type, const unsigned char* packed, std::size_t inputs,
+                         std::size_t units, std::size_t recurrent) {
     ImageStatus status = ImageStatus::ok;
-    if (type == WeightType::int8) status = check_floats(packed, int8_factor_bytes(inputs));
+    if (type == WeightType::int8) status = check_floats(values, packed, int8_factor_bytes(inputs));
     const unsigned char* panel = first_panel(type, packed, inputs);
     std::size_t width = 0;
     for (std::size_t unit = 0; unit < units && status == ImageStatus::ok; unit += width) {
@@ -266,7 +330,7 @@ ImageStatus check_narrow(WeightType type, const unsigned char* packed, std::size
         const std::size_t columns = gate_count * width;
         const unsigned char* rows = panel;
         panel += panel_stride<float>(type, width, inputs, recurrent);
-        status = check_floats(rows, columns * (type == WeightType::int8 ? 12 : 4));
+        status = check_floats(values, rows, columns * (type == WeightType::int8 ? 12 : 4));
         if (type == WeightType::int8) {
             const unsigned char* begin = rows + 12 * columns;
             const unsigned char* weights = begin + 8 * columns;
@@ -274,7 +338,8 @@ ImageStatus check_narrow(WeightType type, const unsigned char* packed, std::size
             if (!int8_weights_fit(weights, groups, columns, begin) ||
                 !int8_weights_fit(weights + 4 * groups * columns, int8_groups(recurrent), columns, begin + 4 * columns))
                 status = ImageStatus::format;
-        } else if (!all_finite<std::uint16_t>(rows + 4 * columns, 2 * columns * (inputs + recurrent),
+        } else if (values == Values::finite &&
+                   !all_finite<std::uint16_t>(rows + 4 * columns, 2 * columns * (inputs + recurrent),
                                               type == WeightType::bfloat16 ? 0x7f80 : 0x7c00)) {
             status = ImageStatus::nonfinite;
         }
@@ -283,24 +348,49 @@ ImageStatus check_narrow(WeightType type, const unsigned char* packed, std::size
 }
 
 /// A float32 LSTM record with narrow weights.
-ImageStatus check_narrow_record(const ImageHeader& header, const ImageRecord& record, const unsigned char* data) {
-    const std::size_t recurrent = record.sizes[2] ? record.sizes[2] : record.sizes[1];
+ImageStatus check_narrow_record(Values values, const ImageHeader& header, const ImageRecord& record,
+                                const unsigned char* data) {
+    const std::size_t recurrent = recurrent_size(record);
     const std::uint64_t options = 4 * option_values(record);
     const std::uint64_t packed = direction_bytes(header, record);
-    const int directions = record.flags & LayerFlags::bidirectional ? 2 : 1;
     const unsigned char* at = data;
-    for (int direction = 0; direction < directions; ++direction) {
-        ImageStatus status = check_narrow(weight_type(record), at, record.sizes[0], record.sizes[1], recurrent);
-        if (status == ImageStatus::ok) status = check_floats(at + packed, options);
+    for (std::uint32_t direction = 0; direction < direction_count(record); ++direction) {
+        ImageStatus status = check_narrow(values, weight_type(record), at, record.sizes[0], record.sizes[1], recurrent);
+        if (status == ImageStatus::ok) status = check_floats(values, at + packed, options);
         if (status != ImageStatus::ok) return status;
         at += packed + options;
     }
-    return check_floats(at, 12);
+    return check_floats(values, at, 12);
 }
 
 }  // namespace
 
+#if defined(CELLSTEP_NO_TEXTS)
+const char* image_status_text(ImageStatus) { return ""; }
+#else
 const char* image_status_text(ImageStatus status) {
+#define CELLSTEP_LEFT_OUT(option, macro)                                                        \
+    "the model has " option ", which this build leaves out to be small: compile without " macro \
+    ", or export a "                                                                            \
+    "model without it"
+    static const char* const options[] = {
+        CELLSTEP_LEFT_OUT("a bidirectional layer", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with peephole", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with layer_norm", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a coupled layer", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a residual layer", "CELLSTEP_PLAIN_ONLY"),
+        nullptr,
+        CELLSTEP_LEFT_OUT("a layer with return_cell_states", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("fast_activations", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with proj_size", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with other activations than sigmoid and tanh", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with cell_clip", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("a layer with zoneout", "CELLSTEP_PLAIN_ONLY"),
+        CELLSTEP_LEFT_OUT("bfloat16, float16 or int8 weights", "CELLSTEP_FLOAT32_ONLY"),
+    };
+#undef CELLSTEP_LEFT_OUT
+    const int option = static_cast<int>(status) - static_cast<int>(ImageStatus::unsupported);
+    if (option >= 0 && option < static_cast<int>(sizeof(options) / sizeof(options[0]))) return options[option];
     switch (status) {
         case ImageStatus::ok:
         case ImageStatus::argument:
@@ -309,8 +399,10 @@ const char* image_status_text(ImageStatus status) {
             return "expected a deploy file, which begins with CELLSTEP: export one with cellstep.export(model, "
                    "\"m.cellstep\")";
         case ImageStatus::version:
-            return "expected a deploy file of version 3: export the model again, with a cellstep of the same age as "
-                   "this one";
+            return "the file is older than this library, which reads version 3: export the model again";
+        case ImageStatus::newer:
+            return "the file is newer than this library, which reads version 3: update the library, or export the "
+                   "model with a cellstep of the library's age";
         case ImageStatus::length:
             return "the file is shorter or longer than its header says: copy or export it again";
         case ImageStatus::checksum:
@@ -323,9 +415,12 @@ const char* image_status_text(ImageStatus status) {
             return "a weight is NaN or infinite: train the model again";
         case ImageStatus::alignment:
             return "expected memory aligned to 8 bytes: align it, or load with cellstep_model_load_memory";
+        case ImageStatus::unsupported:
+            break;
     }
     return nullptr;
 }
+#endif
 
 const ImageRecord* Image::find(RecordKind kind) const {
     for (const ImageRecord& record : *this)
@@ -353,9 +448,11 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image) {
     Image candidate;
     candidate.bytes_ = bytes;
     const ImageHeader& header = candidate.header();
-    if (header.version != current_version) return ImageStatus::version;
+    if (header.version > current_version) return ImageStatus::newer;
+    if (header.version < current_version) return ImageStatus::version;
     if (header.length != size) return ImageStatus::length;
-    if (header.dtype > static_cast<std::uint32_t>(DataType::float64)) return ImageStatus::dtype;
+    if (header.dtype > static_cast<std::uint32_t>(float32_only ? DataType::float32 : DataType::float64))
+        return ImageStatus::dtype;
     const std::uint32_t sizes[] = {header.input_size, header.output_size, header.state_layers, header.h_size,
                                    header.c_size};
     for (const std::uint32_t value : sizes)
@@ -363,12 +460,13 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image) {
     if (header.window > largest_size || header.horizon > largest_size) return ImageStatus::format;
     if (header.answers > static_cast<std::uint32_t>(Answers::hidden)) return ImageStatus::format;
     if (header.record_count > (size - sizeof(ImageHeader)) / sizeof(ImageRecord)) return ImageStatus::format;
-    if (!records_fit(candidate, bytes)) return ImageStatus::format;
+    const ImageStatus status = check_records(candidate, bytes);
+    if (status != ImageStatus::ok) return status;
     *image = candidate;
     return ImageStatus::ok;
 }
 
-ImageStatus check_values(const Image& image) {
+ImageStatus check_values(const Image& image, Values values) {
     const ImageHeader& header = image.header();
     const unsigned char* bytes = reinterpret_cast<const unsigned char*>(&header);
     constexpr std::size_t checksum_at = offsetof(ImageHeader, checksum);
@@ -381,12 +479,17 @@ ImageStatus check_values(const Image& image) {
 
     for (const ImageRecord& record : image) {
         const auto kind = static_cast<RecordKind>(record.kind);
-        if (kind == RecordKind::feature_names || kind == RecordKind::output_names || kind == RecordKind::skip) continue;
+        if (kind == RecordKind::skip) continue;
+        if (kind == RecordKind::feature_names || kind == RecordKind::output_names) {
+            if (!is_utf8(bytes + record.offset, record.length)) return ImageStatus::format;
+            continue;
+        }
         if (kind == RecordKind::lstm && weight_type(record) != WeightType::full) {
-            const ImageStatus status = check_narrow_record(header, record, bytes + record.offset);
+            const ImageStatus status = check_narrow_record(values, header, record, bytes + record.offset);
             if (status != ImageStatus::ok) return status;
             continue;
         }
+        if (values == Values::any) continue;
         const bool finite = value_bytes(header) == 8
                                 ? all_finite<std::uint64_t>(bytes + record.offset, record.length, 0x7ff0000000000000u)
                                 : all_finite<std::uint32_t>(bytes + record.offset, record.length, 0x7f800000u);

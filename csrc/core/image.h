@@ -13,7 +13,9 @@
 /// | 52..60 | window, horizon: steps, 0 if not said |
 /// | 60..64 | what the heads see, see Answers |
 ///
-/// Then the records, 64 bytes each, and their data, each piece at a multiple of 64 bytes:
+/// Then the records, 64 bytes each, and their data in the same order, each piece at the next multiple of 64 bytes. The
+/// file ends with the last of them.
+///
 ///
 /// | bytes | record |
 /// | --- | --- |
@@ -62,7 +64,38 @@ enum class ImageStatus {
     dtype = 9,
     nonfinite = 10,
     alignment = 11,
+    newer = 17,
+    unsupported = 32,  ///< and the number of an option (LeftOut), which this build leaves out
 };
+
+/// Options that a build may leave out. The first are the bits of LayerFlags.
+enum class LeftOut : int {
+    bidirectional = 0,
+    peephole = 1,
+    layer_norm = 2,
+    coupled = 3,
+    residual = 4,
+    cells = 6,
+    fast = 7,
+    projection = 8,
+    activation = 9,
+    cell_clip = 10,
+    zoneout = 11,
+    narrow_weights = 12,
+};
+
+/// With CELLSTEP_PLAIN_ONLY no layer has an option, with CELLSTEP_FLOAT32_ONLY none has narrow weights and no file is
+/// float64: what such a model wants is not compiled.
+#if defined(CELLSTEP_PLAIN_ONLY)
+constexpr bool plain_only = true;
+#else
+constexpr bool plain_only = false;
+#endif
+#if defined(CELLSTEP_FLOAT32_ONLY)
+constexpr bool float32_only = true;
+#else
+constexpr bool float32_only = false;
+#endif
 
 /// One line on what a status means and what to do; null for ok and argument, which need none.
 const char* image_status_text(ImageStatus status);
@@ -95,6 +128,7 @@ constexpr std::uint32_t initial = 32;   ///< the data hold an initial state
 constexpr std::uint32_t cells = 64;     ///< the layer gives the c of its directions behind the h
 constexpr std::uint32_t fast = 128;     ///< sigmoid and tanh to 1.6e-5 instead of two units in the last place
 constexpr std::uint32_t all = 255;
+constexpr std::uint32_t supported = plain_only ? initial : all;
 }  // namespace LayerFlags
 
 enum class DataType : std::uint32_t { float32 = 0, float64 = 1 };
@@ -130,7 +164,21 @@ struct ImageRecord {
 static_assert(sizeof(ImageHeader) == 64 && sizeof(ImageRecord) == 64, "the file's layout");
 
 /// How the weights of an LSTM record are stored, once its layout is checked.
-constexpr WeightType weight_type(const ImageRecord& record) { return static_cast<WeightType>(record.layout - 1); }
+constexpr WeightType weight_type(const ImageRecord& record) {
+    return float32_only ? WeightType::full : static_cast<WeightType>(record.layout - 1);
+}
+
+/// Options of an LSTM record, once it is checked.
+constexpr std::uint32_t layer_flags(const ImageRecord& record) { return record.flags & LayerFlags::supported; }
+
+constexpr std::uint32_t direction_count(const ImageRecord& record) {
+    return layer_flags(record) & LayerFlags::bidirectional ? 2 : 1;
+}
+
+/// Values of h of one direction of an LSTM record, which are fewer behind a projection.
+constexpr std::uint32_t recurrent_size(const ImageRecord& record) {
+    return record.sizes[2] && !plain_only ? record.sizes[2] : record.sizes[1];
+}
 
 /// A checked image: pointers into its bytes, which must outlive it.
 class Image {
@@ -157,12 +205,15 @@ private:
 
 /// Checks everything but the values: that every access the engine will make lies inside the image. Takes well under
 /// a microsecond, so that a caller who cannot trust its bytes to stay the same may check at every call.
-/// Errors: argument, alignment (8 bytes), magic, version, length, format, dtype.
+/// Errors: argument, alignment (8 bytes), magic, version, newer, length, format, dtype, unsupported.
 ImageStatus open_image(const void* data, std::size_t size, Image* image);
 
-/// Checks the checksum, then that every weight and scale is finite and that int8 weights are what pack.h says. Errors:
-/// checksum, nonfinite, format.
-ImageStatus check_values(const Image& image);
+/// Values that a caller takes.
+enum class Values { finite, any };
+
+/// Checks the checksum, then that every weight and scale is finite, unless any will do, that int8 weights are what
+/// pack.h says and that names are UTF-8. Errors: checksum, nonfinite, format.
+ImageStatus check_values(const Image& image, Values values = Values::finite);
 
 }  // namespace core
 }  // namespace cellstep

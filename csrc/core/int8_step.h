@@ -8,6 +8,7 @@
 /// them are seen in the bits. What follows is step.h's: activations, and a state in float32, whose c has no bound.
 #pragma once
 
+#include "core/rounding.h"
 #include "core/step.h"
 
 #if defined(__SSE2__)
@@ -117,47 +118,6 @@ struct Int8Rows {
     float* scales = nullptr;
 };
 
-/// Rounds a row, whose values are multiplied by `factors` first unless that is null. Returns its scale.
-inline float round_row(const float* row, std::size_t count, const float* factors, unsigned char* rounded) {
-    constexpr int lanes = native_lanes<float>;
-    using V = Vector<float, lanes>;
-    using I = Vector<std::int32_t, lanes>;
-    using Bytes = Vector<unsigned char, lanes>;
-    const auto value = [&](std::size_t at) {
-        const V x = load_part<V>(row + at, count - at);
-        return factors ? x * load_part<V>(factors + at, count - at) : x;
-    };
-    V most{};
-    V strange{};
-    for (std::size_t at = 0; at < count; at += static_cast<std::size_t>(lanes)) {
-        const V v = value(at);
-        const V size = -minus_magnitude<float, lanes>(v);
-        most = size > most ? size : most;
-        strange += v == v ? V{} : v;
-    }
-    float largest = 0.0f;
-    float nan = 0.0f;
-    for (int lane = 0; lane < lanes; ++lane) {
-        largest = most[lane] > largest ? most[lane] : largest;
-        nan += strange[lane];
-    }
-    // Past these bounds a quotient would not be a number: all of a row may be taken for zero, and infinity be cut.
-    constexpr float least = 1e-30f;
-    constexpr float greatest = 3e38f;
-    largest = largest < least ? 0.0f : largest > greatest ? greatest : largest;
-    const V fine = broadcast<V>(largest > 0.0f ? 127.0f / largest : 0.0f);
-    const V limit = broadcast<V>(127.0f);
-    const V shift = broadcast<V>(ExpConstants<float>::round_to_int);
-    for (std::size_t at = 0; at < count; at += static_cast<std::size_t>(lanes)) {
-        V v = value(at) * fine;
-        v = v > limit ? limit : v;
-        v = v < -limit ? -limit : v;
-        const I whole = bit_cast<I>(v + shift) - bit_cast<I>(shift) + (Int8Dot::offset ? 128 : 0);
-        store(rounded + at, __builtin_convertvector(whole, Bytes));
-    }
-    return largest / 127.0f + nan;
-}
-
 /// The integer sums of some rows for some vectors of columns. `begin` holds those of values plus 128.
 template <int Rows, int Vectors>
 inline void int8_sums(const Int8Rows& rows, std::size_t row, std::size_t groups, const unsigned char* weights,
@@ -212,7 +172,7 @@ inline void int8_part(const Int8Rows& rows, std::size_t row, std::size_t values,
     for (int r = 0; r < Rows; ++r) {
         const V row_scale = broadcast<V>(rows.scales[row + static_cast<std::size_t>(r)]);
         for (std::size_t at = 0; at < columns; at += static_cast<std::size_t>(native_lanes<float>)) {
-            const V part = __builtin_convertvector(load<I>(integers[r] + at), V) * row_scale;
+            const V part = convert<V>(load<I>(integers[r] + at)) * row_scale;
             store(sums[r] + at, fma(load<V>(scale + at), part, load<V>(sums[r] + at)));
         }
     }
@@ -287,7 +247,7 @@ inline void int8_step(const Int8Step<float>& call) {
             rows.stride = (values + 15) / 16 * 16;
             memory += count + count * rows.stride / sizeof(float);
             for (std::size_t row = 0; row < count; ++row)
-                rows.scales[row] = round_row(from + static_cast<std::ptrdiff_t>(first + row) * stride, values,
+                rows.scales[row] = round_row<Int8Dot::offset>(from + static_cast<std::ptrdiff_t>(first + row) * stride, values,
                                              row_factors, rows.values + row * rows.stride);
             return rows;
         };

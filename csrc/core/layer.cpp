@@ -96,14 +96,18 @@ constexpr std::size_t chunk_rows = 64;
 /// With fewer rows than this in a batch the input projection of a chunk is one product.
 constexpr std::size_t rows_without_chunks = 6;
 
-std::size_t chunk_steps(std::size_t steps, std::size_t batch) {
+template <class Count>
+Count chunk_steps(Count steps, Count batch) {
     if (batch >= rows_without_chunks || batch == 0) return 1;
-    const std::size_t chunk = chunk_rows / batch;
+    const Count chunk = chunk_rows / batch;
     return steps < chunk ? steps : chunk;
 }
 
 /// Values that one step of some rows wants: the sums of a panel, and its weights where they are widened.
-std::size_t step_scratch(std::size_t rows, std::size_t depth) { return 64 * (rows + depth); }
+template <class Count>
+Count step_scratch(Count rows, Count depth) {
+    return 64 * (rows + depth);
+}
 
 /// Threads that a step is shared between, by units: its work must be worth waking them for.
 std::size_t step_shares(const Parallel* parallel, std::size_t rows, std::size_t hidden_size, std::size_t depth) {
@@ -169,19 +173,22 @@ void run_step(const Step<T>& step, std::size_t shares, const Parallel* parallel)
 
 }  // namespace
 
-std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size,
-                          const Parallel* parallel) {
-    const std::size_t rows = chunk_steps(steps, batch) * batch;
-    return rows * (gate_count * padded_size(hidden_size) + input_size) + 2 * batch * hidden_size +
-           step_shares(parallel, batch, hidden_size, input_size + hidden_size) *
-               step_scratch(rows, input_size + hidden_size);
+std::uint64_t layer_scratch(std::uint64_t steps, std::uint64_t batch, std::uint64_t input_size,
+                            std::uint64_t hidden_size, const Parallel* parallel) {
+    const std::uint64_t rows = chunk_steps(steps, batch) * batch;
+    const std::size_t units = static_cast<std::size_t>(hidden_size);
+    const std::uint64_t shares =
+        step_shares(parallel, static_cast<std::size_t>(batch), units, static_cast<std::size_t>(input_size) + units);
+    return rows * (gate_count * padded_size(units) + input_size) + 2 * batch * hidden_size +
+           shares * step_scratch(rows, input_size + hidden_size);
 }
 
-std::size_t variant_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size) {
+std::uint64_t variant_scratch(std::uint64_t steps, std::uint64_t batch, std::uint64_t input_size,
+                              std::uint64_t hidden_size) {
     // Gate sums of a step, c, both parts of o and h before the projection, twice h behind it, which is no larger, and
     // the weights of a panel where they are widened.
-    return steps * batch * (gate_count * padded_size(hidden_size) + input_size) +
-           batch * (gate_count * padded_size(hidden_size) + 6 * hidden_size) + 64 * (input_size + hidden_size);
+    const std::uint64_t sums = gate_count * padded_size(static_cast<std::size_t>(hidden_size));
+    return steps * batch * (sums + input_size) + batch * (sums + 6 * hidden_size) + 64 * (input_size + hidden_size);
 }
 
 template <class T>

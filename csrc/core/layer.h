@@ -62,8 +62,8 @@ struct LayerForward {
 };
 
 /// Values of scratch memory that layer_forward needs for a call of this size; does not grow with long sequences.
-std::size_t layer_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size,
-                          const Parallel* parallel = nullptr);
+std::uint64_t layer_scratch(std::uint64_t steps, std::uint64_t batch, std::uint64_t input_size,
+                            std::uint64_t hidden_size, const Parallel* parallel = nullptr);
 
 /// Runs a layer. A few rows have the input projection of a chunk of steps as one matrix product before the recurrence,
 /// so that its weights are read once for the chunk; with more rows a step reads them once for all. Every gate sum is
@@ -103,7 +103,8 @@ void project_row(WeightType weights, const void* packed, std::size_t input_size,
                  std::size_t recurrent_size, bool bias, const T* x, T* sums, T* scratch);
 
 /// Values of scratch memory that variant_forward needs for a call of this size.
-std::size_t variant_scratch(std::size_t steps, std::size_t batch, std::size_t input_size, std::size_t hidden_size);
+std::uint64_t variant_scratch(std::uint64_t steps, std::uint64_t batch, std::uint64_t input_size,
+                              std::uint64_t hidden_size);
 
 /// Runs a layer with options; what holds for the bits of layer_forward holds here.
 template <class T>

@@ -13,7 +13,7 @@ namespace CELLSTEP_ISA {
 template <class V, class T>
 CELLSTEP_INLINE V load_part(const T* source, std::size_t count) {
     constexpr std::size_t lanes = sizeof(V) / sizeof(T);
-    if (count >= lanes) return load<V>(source);
+    if (lanes == 1 || count >= lanes) return load<V>(source);
 #if defined(__AVX512VL__)
     const auto mask = static_cast<std::uint16_t>((1u << count) - 1);
     if constexpr (sizeof(T) == 4 && lanes == 16) return bit_cast<V>(_mm512_maskz_loadu_ps(mask, source));
@@ -25,7 +25,7 @@ CELLSTEP_INLINE V load_part(const T* source, std::size_t count) {
         V value{};
         if (count) value[0] = source[0];
         return value;
-    } else {
+    } else if constexpr (lanes > 2) {
         using Half = Vector<T, static_cast<int>(lanes / 2)>;
         constexpr std::size_t half = lanes / 2;
         const Half high = count > half ? load_part<Half>(source + half, count - half) : Half{};
@@ -36,7 +36,7 @@ CELLSTEP_INLINE V load_part(const T* source, std::size_t count) {
 template <class V, class T>
 CELLSTEP_INLINE void store_part(T* target, V value, std::size_t count) {
     constexpr std::size_t lanes = sizeof(V) / sizeof(T);
-    if (count >= lanes) return store(target, value);
+    if (lanes == 1 || count >= lanes) return store(target, value);
 #if defined(__AVX512VL__)
     const auto mask = static_cast<std::uint16_t>((1u << count) - 1);
     if constexpr (sizeof(T) == 4 && lanes == 16) return _mm512_mask_storeu_ps(target, mask, bit_cast<__m512>(value));

@@ -15,6 +15,8 @@
 #if !defined(CELLSTEP_STRICT)
 #if defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 2)
+#include <arm_mve.h>
 #elif defined(__aarch64__) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA))
 #include <arm_neon.h>
 #endif
@@ -22,7 +24,8 @@
 
 // Where one value's fma is an instruction. Clang says nothing of it on RISC-V.
 #if !defined(CELLSTEP_STRICT)
-#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF) || __riscv_flen >= 32
+#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA) || \
+    __riscv_flen >= 32
 #define CELLSTEP_FMA_FLOAT 1
 #endif
 #if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMA) || __riscv_flen >= 64
@@ -30,15 +33,24 @@
 #endif
 #endif
 
-/// For functions that pass vectors: a call would send them through memory.
+/// For functions that pass vectors: a call would send them through memory. Where code is to be small they are called.
+#if defined(CELLSTEP_COMPACT) && defined(__OPTIMIZE_SIZE__)
+#define CELLSTEP_INLINE inline
+#else
 #define CELLSTEP_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace cellstep {
 namespace core {
 namespace CELLSTEP_ISA {
 
-/// Bytes of the widest vector register.
-#if defined(__AVX512F__)
+/// Bytes of the widest vector register; those of a float where there is none or, with CELLSTEP_COMPACT, of 16 at most.
+#if defined(CELLSTEP_COMPACT) && !defined(__SSE2__) && !defined(__ARM_NEON) && !defined(__wasm_simd128__) && \
+    !(defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 2))
+constexpr int native_bytes = 4;
+#elif defined(CELLSTEP_COMPACT)
+constexpr int native_bytes = 16;
+#elif defined(__AVX512F__)
 constexpr int native_bytes = 64;
 #elif defined(__AVX__)
 constexpr int native_bytes = 32;
@@ -65,12 +77,19 @@ struct VectorOf {
     typedef T type __attribute__((vector_size(Lanes * sizeof(T))));
 };
 
+/// One lane is the plain type: compilers keep vectors of one value in other registers.
+template <class T>
+struct VectorOf<T, 1> {
+    using type = T;
+};
+
 /// A vector of `Lanes` values of T, with the operators of the compiler's vector extension.
 template <class T, int Lanes>
 using Vector = typename VectorOf<T, Lanes>::type;
 
 template <class T>
-constexpr int native_lanes = native_bytes / static_cast<int>(sizeof(T));
+constexpr int native_lanes = native_bytes > static_cast<int>(sizeof(T)) ? native_bytes / static_cast<int>(sizeof(T))
+                                                                        : 1;
 
 template <class V, class T>
 inline V load(const T* source) {
@@ -96,6 +115,34 @@ inline To bit_cast(From from) {
     To to;
     __builtin_memcpy(&to, &from, sizeof(To));
     return to;
+}
+
+/// One lane of a vector, also where it is the only one.
+template <class T, class V>
+inline T lane_of(const V& value, int lane) {
+    T values[sizeof(V) / sizeof(T)];
+    __builtin_memcpy(values, &value, sizeof(V));
+    return values[lane];
+}
+
+template <class To, class From>
+struct Conversion {
+    static To of(From from) { return __builtin_convertvector(from, To); }
+};
+#define CELLSTEP_CONVERSION(To, From)                             \
+    template <>                                                   \
+    struct Conversion<To, From> {                                 \
+        static To of(From from) { return static_cast<To>(from); } \
+    };
+CELLSTEP_CONVERSION(float, std::int32_t)
+CELLSTEP_CONVERSION(std::uint32_t, std::uint16_t)
+CELLSTEP_CONVERSION(unsigned char, std::int32_t)
+#undef CELLSTEP_CONVERSION
+
+/// Converts lane by lane.
+template <class To, class From>
+inline To convert(From from) {
+    return Conversion<To, From>::of(from);
 }
 
 /// A vector as two of half its width. Where the instruction set has moves between them they are given below: through
@@ -236,6 +283,12 @@ inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float
 template <>
 inline Vector<double, 2> fma(Vector<double, 2> a, Vector<double, 2> b, Vector<double, 2> c) {
     return _mm_fmadd_pd(a, b, c);
+}
+#elif defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 2)
+template <>
+inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
+    return bit_cast<Vector<float, 4> >(
+        vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b)));
 }
 #elif defined(__aarch64__) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA))
 template <>

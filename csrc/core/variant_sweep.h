@@ -168,21 +168,20 @@ inline void normalise_gates(const VariantSweep<T>& s, std::size_t step, const T*
 }
 
 /// Gates of one row and panel: c of the step, before zoneout, to new_c, and o, as a quotient, to `over` and `under`.
-/// `unit` is the panel's first.
-template <class T, int Width>
-inline void gate_panel(const VariantSweep<T>& s, std::size_t row, std::size_t unit, const T* sums, T* new_c, T* over,
-                       T* under) {
-    constexpr int lanes = native_lanes<T> < Width ? native_lanes<T> : Width;
+/// `unit` is the first of `width` in the panel.
+template <class T, int lanes>
+inline void gate_panel(const VariantSweep<T>& s, std::size_t row, std::size_t unit, std::size_t width, const T* sums,
+                       T* new_c, T* over, T* under) {
     using V = Vector<T, lanes>;
     const LayerOptions<T>& options = s.options;
     const std::size_t units = s.hidden_size;
-    for (std::size_t lane = 0; lane < Width && unit + lane < units; lane += static_cast<std::size_t>(lanes)) {
+    for (std::size_t lane = 0; lane < width && unit + lane < units; lane += static_cast<std::size_t>(lanes)) {
         const std::size_t at = unit + lane;
         const std::size_t count = units - at;
         const V c = load_part<V>(s.c + row * units + at, count);
         V i = load<V>(sums + lane);
-        V f = load<V>(sums + Width + lane);
-        V output = load<V>(sums + 3 * Width + lane);
+        V f = load<V>(sums + width + lane);
+        V output = load<V>(sums + 3 * width + lane);
         if (options.peephole) {
             i = fma(load_part<V>(options.peephole + at, count), c, i);
             f = fma(load_part<V>(options.peephole + units + at, count), c, f);
@@ -194,7 +193,7 @@ inline void gate_panel(const VariantSweep<T>& s, std::size_t row, std::size_t un
             const Fraction<V> keep = activated_fraction<T, lanes>(options.gate, f, options.fast);
             f = keep.over / keep.under;
         }
-        Fraction<V> g = activated_fraction<T, lanes>(options.candidate, load<V>(sums + 2 * Width + lane), options.fast);
+        Fraction<V> g = activated_fraction<T, lanes>(options.candidate, load<V>(sums + 2 * width + lane), options.fast);
         if (s.masks.mask_g) g.over *= load_part<V>(s.masks.mask_g + row * units + at, count);
         V next = fma(f, c, (in.over * g.over) / (in.under * g.under));
         if (options.cell_clip > T(0)) next = clamp<T, lanes>(next, -options.cell_clip, options.cell_clip);
@@ -328,8 +327,10 @@ inline void variant_sweep(const VariantSweep<T>& s) {
         for_each_panel(units, [&](std::size_t unit, std::size_t width, std::size_t padded) {
             for (std::size_t row = 0; row < s.batch; ++row) {
                 const T* sums = s.sums + gate_count * (padded * rows + (step * s.batch + row) * width);
-                const auto panel = width == 16 ? gate_panel<T, 16> : width == 8 ? gate_panel<T, 8> : gate_panel<T, 4>;
-                panel(s, row, unit, sums, new_c + row * units, over + row * units, under + row * units);
+                constexpr int most = native_lanes<T>;
+                const auto panel = width == 16 ? gate_panel < T, most < 16 ? most : 16 > : width == 8 ? gate_panel < T,
+                           most < 8 ? most : 8 > : gate_panel < T, most < 4 ? most : 4 > ;
+                panel(s, row, unit, width, sums, new_c + row * units, over + row * units, under + row * units);
             }
         });
         for (std::size_t row = 0; row < s.batch; ++row)

@@ -38,7 +38,7 @@ struct Bfloat16Weights {
 #endif
         using Wide = Vector<std::uint32_t, lanes>;
         const auto narrow = load<Vector<std::uint16_t, lanes>>(source);
-        return bit_cast<V>(__builtin_convertvector(narrow, Wide) << 16);
+        return bit_cast<V>(convert<Wide>(narrow) << 16);
     }
 };
 
@@ -58,7 +58,7 @@ struct Float16Weights {
 #endif
         // A subnormal gets an exponent that float32 has normal numbers for, and loses the hidden one by subtraction.
         using Wide = Vector<std::uint32_t, lanes>;
-        const Wide bits = __builtin_convertvector(load<Vector<std::uint16_t, lanes>>(source), Wide);
+        const Wide bits = convert<Wide>(load<Vector<std::uint16_t, lanes>>(source));
         Wide magnitude = (bits & 0x7fffu) << 13;
         const auto subnormal = magnitude < (1u << 23);
         magnitude += 112u << 23;

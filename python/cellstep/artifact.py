@@ -335,8 +335,8 @@ class ExecutorchArtifact(Artifact):
 class DeployArtifact(Artifact):
     """A deploy file on the torch-free runtime: the rows of a batch one after another through one session."""
 
-    def __init__(self, path: str) -> None:
-        self.session = Session(path)
+    def __init__(self, path: str, data: bytes | None = None) -> None:
+        self.session = Session(path if data is None else data)
         super().__init__(path, self.session)
 
     def selftest(self) -> float:
@@ -370,7 +370,9 @@ class DeployArtifact(Artifact):
 
 
 def load(path: str | os.PathLike[str]) -> Artifact:
-    """Load an artifact by its suffix: ``.pt``, ``.pt2``, ``.onnx``, ``.pte``, ``.cellstep`` or ``.safetensors``.
+    """Load an artifact by its suffix.
+
+    They are ``.pt``, ``.pt2``, ``.onnx``, ``.pte``, ``.cellstep``, ``.h`` and ``.safetensors``.
 
     Raises:
         OSError: the file cannot be read.
@@ -381,6 +383,10 @@ def load(path: str | os.PathLike[str]) -> Artifact:
     suffix = Path(name).suffix
     if suffix == ".cellstep":
         return DeployArtifact(name)
+    if suffix == ".h":
+        from cellstep.exporters.header import read_header
+
+        return DeployArtifact(name, read_header(name))
     if suffix == ".pt2":
         from cellstep.exporters.package import load_package
 
@@ -401,6 +407,6 @@ def load(path: str | os.PathLike[str]) -> Artifact:
             model = model.float()  # NumPy has no bfloat16
         return TorchArtifact(name, model)
     raise ValueError(
-        f"expected a file that ends in .pt, .pt2, .onnx, .pte, .cellstep or .safetensors; got '{name}'; "
+        f"expected a file that ends in .pt, .pt2, .onnx, .pte, .cellstep, .h or .safetensors; got '{name}'; "
         "name an artifact"
     )

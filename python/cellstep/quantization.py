@@ -27,9 +27,9 @@ def quantize(model: Chain, weights: str = "int8", calibration: ArrayLike | Tenso
     """A copy of a float32 model for inference, whose LSTM layers have narrow weights.
 
     The copy has the methods of a chain (``forward``, ``answer``, ``run``, ``step``, ``initial_state``, ``reset``),
-    can be scripted, and :func:`cellstep.export` writes it as ``.cellstep`` and ``.pt``. State, biases, peepholes,
-    projections and dense layers stay float32, and so do the sums that the weights go into. As ever, no bit of an
-    answer hangs on how a stream is cut into calls or on the rest of the batch.
+    can be scripted, and :func:`cellstep.export` writes it as ``.cellstep``, ``.h`` and ``.pt``. State, biases,
+    peepholes, projections and dense layers stay float32, and so do the sums that the weights go into. As ever, no bit
+    of an answer hangs on how a stream is cut into calls or on the rest of the batch.
 
     Args:
         weights: "bfloat16" and "float16" round each weight and halve the file. "int8" rounds each row of a matrix to

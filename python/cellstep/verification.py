@@ -28,7 +28,7 @@ Float32Array = NDArray[np.float32]
 
 #: Programs and what they run.
 _PROGRAMS = {".pt": "cellstep-run", ".pt2": "cellstep-run", ".cellstep": "cellstep-embed"}
-_RUN_BY = {".cellstep": "Session", ".onnx": "onnxruntime", ".pte": "ExecuTorch"}
+_RUN_BY = {".cellstep": "Session", ".h": "Session", ".onnx": "onnxruntime", ".pte": "ExecuTorch"}
 _TIMED_CALLS = 200
 _LARGEST_SET = 512
 #: What rounding a few times on the way to an output can come to.

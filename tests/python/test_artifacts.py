@@ -181,7 +181,7 @@ def test_export_errors_leave_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="expected finite weights"):
         cellstep.export(broken, path)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["m.cellstep"]
-    with pytest.raises(ValueError, match="expected a path that ends in .cellstep, .onnx"):
+    with pytest.raises(ValueError, match="expected a path that ends in .cellstep, .h, .onnx"):
         cellstep.export(make_forecaster(), tmp_path / "m.xyz")
     with pytest.raises(TypeError, match="expected a cellstep.nn.Chain or LSTM; got Linear"):
         cellstep.export(torch.nn.Linear(1, 1), tmp_path / "m.pt")

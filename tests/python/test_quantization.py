@@ -484,7 +484,9 @@ def test_what_cannot_be_quantized_is_named(tmp_path):
         with pytest.raises(error, match=message):
             call()
     for suffix in (".pt2", ".onnx", ".pte", ".safetensors"):
-        with pytest.raises(ValueError, match=r"ends in .cellstep or .pt for a quantized model; .*; export the model"):
+        with pytest.raises(
+            ValueError, match=r"ends in .cellstep, .h or .pt for a quantized model; .*; export the model"
+        ):
             cellstep.export(cellstep.quantize(model), tmp_path / f"m{suffix}")
     with pytest.raises(ValueError, match="expected standalone=False"):
         cellstep.export(cellstep.quantize(model), tmp_path / "m.pt", standalone=True)
@@ -542,4 +544,4 @@ def test_command_line(tmp_path):
         done = run_command("cellstep", "export", source, output, *arguments)
         assert done.returncode == 2 and message in done.stderr
     done = run_command("cellstep", "export", source, tmp_path / "m.onnx", "--weights", "int8")
-    assert done.returncode == 2 and "ends in .cellstep or .pt" in done.stderr
+    assert done.returncode == 2 and "ends in .cellstep, .h or .pt" in done.stderr

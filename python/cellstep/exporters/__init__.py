@@ -8,6 +8,7 @@ from torch import nn
 
 from cellstep.exporters.deploy import export_deploy
 from cellstep.exporters.executorch_program import export_executorch
+from cellstep.exporters.header import export_header
 from cellstep.exporters.interchange import load_model, save
 from cellstep.exporters.onnx_graph import export_onnx
 from cellstep.exporters.package import export_package
@@ -18,6 +19,7 @@ __all__ = ["SUFFIXES", "export", "load_model", "save"]
 
 _WRITERS: dict[str, Any] = {
     ".cellstep": export_deploy,
+    ".h": export_header,
     ".onnx": export_onnx,
     ".pt": export_torchscript,
     ".pt2": export_package,
@@ -32,17 +34,19 @@ SUFFIXES = tuple(_WRITERS)
 def export(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> None:
     """Write a model as the artifact that the suffix of ``path`` names.
 
-    ``.cellstep``: the deploy file of the torch-free runtime; ``.pt``: TorchScript, frozen, weights packed; ``.pt2``:
-    a compiled package for torch without TorchScript; ``.onnx``; ``.pte``: ExecuTorch; ``.safetensors``: weights and
-    configuration for interchange, as :func:`save` writes them. Scaling, names, window and horizon are in all of them.
+    ``.cellstep``: the deploy file of the torch-free runtime; ``.h``: its bytes as a C array; ``.pt``: TorchScript,
+    frozen, weights packed; ``.pt2``: a compiled package for torch without TorchScript; ``.onnx``; ``.pte``: ExecuTorch;
+    ``.safetensors``: weights and configuration for interchange, as :func:`save` writes them. Scaling, names, window and
+    horizon are in all of them.
     A file that exists is replaced once the new one is whole.
 
     Args:
         model: a :class:`cellstep.nn.Chain`, such as a ``Forecaster``; an :class:`cellstep.nn.LSTM` is exported as
-            ``Chain(lstm, answers="every")``. What :func:`cellstep.quantize` gave goes to ``.cellstep`` and ``.pt``.
-        options: of the exporter: ``fast_activations`` for ``.cellstep`` and ``.pt``; ``standalone`` for ``.pt``;
-            ``input_names``, ``output_names``, ``lengths`` and ``reset`` for ``.onnx``; ``batch_size``, ``steps`` and
-            ``partitioner`` for ``.pte``.
+            ``Chain(lstm, answers="every")``. What :func:`cellstep.quantize` gave goes to ``.cellstep``, ``.h`` and
+            ``.pt``.
+        options: of the exporter: ``fast_activations`` for ``.cellstep``, ``.h`` and ``.pt``; ``standalone`` for
+            ``.pt``; ``input_names``, ``output_names``, ``lengths`` and ``reset`` for ``.onnx``; ``batch_size``,
+            ``steps`` and ``partitioner`` for ``.pte``.
 
     Raises:
         ValueError: the suffix is unknown, or the artifact cannot hold the model's dtype.
@@ -55,9 +59,9 @@ def export(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> No
     if writer is None:
         raise ValueError(f"expected a path that ends in {', '.join(SUFFIXES)}; got '{target}'; rename the output")
     if isinstance(model, PackedChain):
-        if target.suffix not in (".cellstep", ".pt"):
+        if target.suffix not in (".cellstep", ".h", ".pt"):
             raise ValueError(
-                f"expected a path that ends in .cellstep or .pt for a quantized model; got '{target}'; export the "
+                f"expected a path that ends in .cellstep, .h or .pt for a quantized model; got '{target}'; export the "
                 "model that it was made from"
             )
         writer(model, target, **options)

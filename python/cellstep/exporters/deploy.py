@@ -52,7 +52,7 @@ class _Record:
 
 
 def export_deploy(model: "Chain | PackedChain", path: Path, fast_activations: bool = False) -> None:
-    """Write the deploy file of a float32 model.
+    """Write the deploy file of a float32 or quantized model.
 
     Args:
         fast_activations: sigmoid and tanh of LSTM layers with an absolute error of up to 1.6e-5, in less time. They
@@ -61,19 +61,24 @@ def export_deploy(model: "Chain | PackedChain", path: Path, fast_activations: bo
     Raises:
         ValueError: another dtype; weights that are not finite; a quantized model, whose activations are settled.
     """
+    data = deploy_bytes(model, fast_activations)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def deploy_bytes(model: "Chain | PackedChain", fast_activations: bool = False) -> bytes:
+    """The bytes of the deploy file of a float32 or quantized model; see :func:`export_deploy`."""
     if not isinstance(model, Chain):
         if fast_activations:
             raise ValueError(
                 "expected fast_activations=False for a quantized model, which is packed already; got True; export the "
                 "model that it was made from"
             )
-        data = model.image.cpu().numpy().tobytes()
-    elif model.dtype == torch.float32:
-        data = image(model, fast_activations=fast_activations)
-    else:
+        packed: bytes = model.image.cpu().numpy().tobytes()
+        return packed
+    if model.dtype != torch.float32:
         raise ValueError(f"expected a float32 model for a deploy file; got {model.dtype}; use model.float()")
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+    return image(model, fast_activations=fast_activations)
 
 
 def image(
