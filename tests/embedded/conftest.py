@@ -62,17 +62,23 @@ def row(target):
 
 
 @pytest.fixture
-def answers(runs, row, target):
-    """The folder of a target's answers. Where tools are missing: fails if they are required, or skips."""
+def outcome(runs, row, target):
+    """The future of a target's answers. Where tools are missing: fails if they are required, or skips."""
     if target.missing:
         row.note = f"not built: lacks {', '.join(target.missing)}, see scripts/embedded_tools.sh"
         (pytest.fail if REQUIRED else pytest.skip)(row.note)
-    folder = runs[target.name].result()
     row.note = target.note
     if target.lacks:
         row.note = f"built, not run: this processor lacks {', '.join(target.lacks)}"
-        pytest.skip(row.note)
-    return folder
+    return runs[target.name]
+
+
+@pytest.fixture
+def answers(outcome, target):
+    """The folder of a target's answers."""
+    if target.lacks or outcome.exception():
+        pytest.skip("did not run: see test_builds_and_runs")
+    return outcome.result()
 
 
 def shown_error(errors):

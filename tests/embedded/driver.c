@@ -1,5 +1,5 @@
 /* Runs a model through the C API in every way there is and writes the answers as raw float32, one section after the
- * other; test_targets.py does the same in Python. Built for every target, bare metal too. */
+ * other; models.py does the same in Python. All memory of models and sessions is the program's own. */
 #include <cellstep/runtime.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,26 +42,17 @@ static void answer(const float* values, size_t count) {
 
 static cellstep_model* load(const void* data, size_t size) {
     cellstep_model* model = NULL;
-#if defined(CELLSTEP_API_VERSION)
     check(cellstep_model_init(reserve(CELLSTEP_MODEL_BYTES), CELLSTEP_MODEL_BYTES, data, size, 0, &model), "model");
-#else
-    check(cellstep_model_load_in_place(data, size, &model), "model");
-#endif
     return model;
 }
 
-static cellstep_session* start(const cellstep_model* model) {
+static cellstep_session* start(const cellstep_model* model, size_t steps) {
     cellstep_session* session = NULL;
-#if defined(CELLSTEP_API_VERSION)
-    const size_t size = cellstep_memory_required(model);
-    check(cellstep_session_init(model, reserve(size), size, &session), "session");
-#else
-    check(cellstep_session_create(model, &session), "session");
-#endif
+    const size_t size = cellstep_memory_required_for(model, steps);
+    check(cellstep_session_init_for(model, steps, reserve(size), size, &session), "session");
     return session;
 }
 
-#if defined(CELLSTEP_API_VERSION)
 /* STREAMS streams of which each is behind the one before it by a step, each begun anew at places of its own. */
 static void run_pool(const cellstep_model* model, const float* x, size_t steps, float* y, size_t inputs,
                      size_t outputs) {
@@ -69,6 +60,7 @@ static void run_pool(const cellstep_model* model, const float* x, size_t steps, 
     const size_t size = cellstep_pool_memory_required(model, STREAMS);
     float* rows = reserve(STREAMS * inputs * sizeof(float));
     unsigned char reset[STREAMS];
+    if (!size) return; /* a bidirectional model, which has no answer step by step */
     check(cellstep_pool_init(model, STREAMS, reserve(size), size, &pool), "pool");
     for (size_t step = 0; step < steps; ++step) {
         for (size_t stream = 0; stream < STREAMS; ++stream) {
@@ -79,7 +71,6 @@ static void run_pool(const cellstep_model* model, const float* x, size_t steps, 
         answer(y, STREAMS * outputs);
     }
 }
-#endif
 
 static void run(const char* model_path, const char* input_path) {
     size_t size;
@@ -92,13 +83,8 @@ static void run(const char* model_path, const char* input_path) {
     float* x = read_file(input_path, &size);
     const size_t steps = size / sizeof(float) / inputs;
     float* y = reserve((steps + STREAMS) * outputs * sizeof(float));
-    cellstep_session* session = start(model);
-    float error;
-#if defined(CELLSTEP_API_VERSION)
-    check(cellstep_session_selftest(session, &error), "self-test");
-#else
-    check(cellstep_model_selftest(model, &error), "self-test");
-#endif
+    cellstep_session* session = start(model, steps);
+    check(cellstep_session_selftest(session, NULL), "self-test");
 
     for (size_t step = 0; step < steps; ++step)
         check(cellstep_session_step(session, x + step * inputs, y + step * outputs), "step");
@@ -124,18 +110,15 @@ static void run(const char* model_path, const char* input_path) {
     check(cellstep_session_forecast(session, x, steps, y), "forecast");
     answer(y, outputs);
 
-#if !defined(CELLSTEP_NO_HEAP)
-    check(cellstep_session_slide_begin(session, WINDOW), "sliding window");
+    const size_t slide_size = cellstep_slide_memory_required(model, WINDOW);
+    check(cellstep_session_slide_init(session, WINDOW, reserve(slide_size), slide_size), "sliding window");
     for (size_t step = 0; step < steps; ++step) {
         const cellstep_status status = cellstep_session_slide(session, x + step * inputs, y);
         if (status == CELLSTEP_PENDING) continue;
         check(status, "sliding window");
         answer(y, outputs);
     }
-#endif
-#if defined(CELLSTEP_API_VERSION)
     run_pool(model, x, steps, y, inputs, outputs);
-#endif
 }
 
 int main(int argc, char** argv) {
