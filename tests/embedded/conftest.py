@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from models import NARROW, TOLERANCES, write_jobs
-from targets import BUILD, FUSED, SOURCE, STRICT, TARGETS, build, run, session_answers, version
+from targets import BUILD, FUSED, REQUIRED, SOURCE, STRICT, TARGETS, build, run, session_answers, version
 
 RESULTS = SOURCE / "benchmarks" / "results" / "embedded.json"
-REQUIRED = os.environ.get("CI") == "true" or os.environ.get("CELLSTEP_REQUIRE_TOOLS") == "1"
 
 
 @dataclass

@@ -17,7 +17,7 @@ static uint32_t call(uint32_t operation, const void* argument) {
     return r0;
 }
 
-static void leave(int code) {
+_Noreturn static void leave(int code) {
     const uint32_t block[2] = {0x20026 /* ADP_Stopped_ApplicationExit */, (uint32_t)code};
     call(0x20 /* SYS_EXIT_EXTENDED */, block);
     for (;;) {
@@ -60,6 +60,7 @@ static void fault(void) { leave(4); }
 void _exit(int code) { leave(code); }
 void _init(void) {}
 void _fini(void) {}
+void* __dso_handle;
 
 typedef void (*handler)(void);
 

@@ -60,4 +60,3 @@ def test_hash_is_that_of_the_group(answers, jobs, row, target):
         row.hashes[kind] = digest(answered(answers, name) for name in names)
         session = (values for name in names for values in expected(jobs, target, name).values())
         assert row.hashes[kind] == digest(session), kind
-
