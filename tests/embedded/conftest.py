@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from models import NARROW, TOLERANCES, write_jobs
-from targets import BUILD, FUSED, REQUIRED, SOURCE, STRICT, TARGETS, build, run, session_answers, version
+from targets import FUSED, REQUIRED, SOURCE, STRICT, TARGETS, build, run, session_answers, version
 
 RESULTS = SOURCE / "benchmarks" / "results" / "embedded.json"
 

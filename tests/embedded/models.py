@@ -1,4 +1,7 @@
-"""The models that every target runs, their inputs, and what Python's Session answers: ``python models.py DIRECTORY``."""
+"""The models that every target runs, their inputs, and the answers of torch and of Python's Session.
+
+``python models.py DIRECTORY`` writes the Session's, in the instruction set that CELLSTEP_CPU names.
+"""
 
 import sys
 from pathlib import Path
