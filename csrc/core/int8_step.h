@@ -247,8 +247,8 @@ inline void int8_step(const Int8Step<float>& call) {
             rows.stride = (values + 15) / 16 * 16;
             memory += count + count * rows.stride / sizeof(float);
             for (std::size_t row = 0; row < count; ++row)
-                rows.scales[row] = round_row<Int8Dot::offset>(from + static_cast<std::ptrdiff_t>(first + row) * stride, values,
-                                             row_factors, rows.values + row * rows.stride);
+                rows.scales[row] = round_row<Int8Dot::offset>(from + static_cast<std::ptrdiff_t>(first + row) * stride,
+                                                              values, row_factors, rows.values + row * rows.stride);
             return rows;
         };
         const Int8Rows x = round(inputs, s.x, s.x_stride, s.input_size, factors);
