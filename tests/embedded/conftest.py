@@ -45,14 +45,15 @@ def runs(jobs):
     """By target that can be built here: a future of the folder with its answers, or None if it is not run."""
     stems = [path.stem for path in sorted(jobs.path.glob("*.cellstep"))]
     wanted = [target for target in TARGETS if not target.missing]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        builds = {preset: pool.submit(build, preset) for preset in dict.fromkeys(target.preset for target in wanted)}
+    pool = ThreadPoolExecutor(os.cpu_count())
+    builds = {preset: pool.submit(build, preset) for preset in dict.fromkeys(target.preset for target in wanted)}
 
-        def answers(target):
-            program = builds[target.preset].result()
-            return run(target, program, jobs.path, stems) if target.run and not target.lacks else None
+    def answers(target):
+        program = builds[target.preset].result()
+        return run(target, program, jobs.path, stems) if target.run and not target.lacks else None
 
-        yield {target.name: pool.submit(answers, target) for target in wanted}
+    yield {target.name: pool.submit(answers, target) for target in wanted}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture

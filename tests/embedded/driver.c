@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { CHUNK = 7, RESET_EVERY = 5, WINDOW = 9, STREAMS = 3 };
+enum { CHUNK = 7, RESET_EVERY = 5, WINDOW = 4, STREAMS = 3 };
 
 static FILE* answers;
 
