@@ -41,10 +41,11 @@ def jobs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def runs(jobs):
-    """By target that can be built here: a future of the folder with its answers, or None if it is not run."""
+def runs(jobs, request):
+    """By target that is asked for and can be built: a future of its answers' folder, or of None if it is not run."""
     stems = [path.stem for path in sorted(jobs.path.glob("*.cellstep"))]
-    wanted = [target for target in TARGETS if not target.missing]
+    asked = {item.callspec.params.get("target") for item in request.session.items if hasattr(item, "callspec")}
+    wanted = [target for target in TARGETS if target in asked and not target.missing]
     pool = ThreadPoolExecutor(os.cpu_count())
     builds = {preset: pool.submit(build, preset) for preset in dict.fromkeys(target.preset for target in wanted)}
 
