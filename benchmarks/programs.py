@@ -77,8 +77,9 @@ def _runtime(row: Row, program: Path, directory: Path, effort: Effort) -> Result
     for name, key in (("cellstep runtime", "step"), ("cellstep runtime, run", "run")):
         us = {what: value * 1e-3 for what, value in said[key].items()}
         result.timings[name] = Timing(us["median"], us["p99"], us["p999"], us["first"], said[key]["calls"])
-    figure = RTNEURAL_US[row.hidden] if row.layers == 1 else RTNEURAL_STACK_US
-    result.ratios[RTNEURAL] = figure / result.timings["cellstep runtime"].median
+    figures = RTNEURAL_US if row.layers == 1 else RTNEURAL_STACK_US
+    if row.hidden in figures:
+        result.ratios[RTNEURAL] = figures[row.hidden] / result.timings["cellstep runtime"].median
     return result
 
 

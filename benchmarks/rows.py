@@ -92,8 +92,8 @@ RTNEURAL = "RTNeural's figure"
 #: RTNeural's microseconds a step for one layer of 1 -> H, sizes fixed when it was compiled: measured on a two-core AVX2
 #: machine of 100 GFLOP/s, not on the one that runs this.
 RTNEURAL_US = {8: 0.069, 16: 0.128, 20: 0.243, 32: 0.229, 40: 0.329, 64: 1.222}
-#: The same for 10 -> 50 -> 50.
-RTNEURAL_STACK_US = 2.3
+#: The same for two layers, 10 -> 50 -> 50.
+RTNEURAL_STACK_US = {50: 2.3}
 
 ROWS = [
     *(_row("inference", sizes) for sizes in INFERENCE),
@@ -112,7 +112,7 @@ ROWS = [
         )
     ),
     *(_row("runtime", f"1, 1, 1, {hidden}, 1", ", runtime") for hidden in RTNEURAL_US),
-    _row("runtime", "1, 1, 10, 50, 2", ", runtime"),
+    *(_row("runtime", sizes, ", runtime") for sizes in ("1, 1, 10, 50, 2", "1, 1, 32, 128, 2")),
     _row("programs", "1, 1, 10, 50, 2", ", cellstep-run"),
     _row("programs", "1, 5, 10, 50, 2", ", cellstep-embed"),
     _row("programs", "1, 1, 10, 50, 2", ", cellstep-embed"),

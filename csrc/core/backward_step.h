@@ -14,7 +14,7 @@ namespace CELLSTEP_ISA {
 ///   grad_i = grad_c g i (1 - i),  grad_f = grad_c c_prev f (1 - f),  grad_g = grad_c i (1 - g^2),
 /// and grad_c f goes on to the step before (Hochreiter and Schmidhuber 1997; Gers et al. 2000 for f).
 template <class T>
-inline void step_backward(const StepBackward<T>& s) {
+inline void step_backward(const StepBackward<T>& s) CELLSTEP_NONBLOCKING {
     constexpr int lanes = native_lanes<T>;
     using V = Vector<T, lanes>;
     const std::size_t units = s.hidden_size;

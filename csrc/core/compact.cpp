@@ -48,11 +48,15 @@ using Native = Vector<T, native_lanes<T>>;
 template <class T>
 constexpr int block_vectors = static_cast<int>(gate_count * block) / native_lanes<T>;
 
+/// Vectors of a gate in a block.
+template <class T>
+constexpr int gate_vectors = static_cast<int>(block) / native_lanes<T>;
+
 /// Values of a panel from its row's begin to vector `v` of the block that begins there.
 template <class T>
 constexpr std::size_t vector_place(int v, std::size_t width) {
-    constexpr int per_gate = static_cast<int>(block) / native_lanes<T>;
-    return static_cast<std::size_t>(v / per_gate) * width + static_cast<std::size_t>(v % per_gate * native_lanes<T>);
+    return static_cast<std::size_t>(v / gate_vectors<T>) * width +
+           static_cast<std::size_t>(v % gate_vectors<T> * native_lanes<T>);
 }
 
 /// visit(0), visit(1), ... in full also where the compiler is told to keep code small, so that sums stay in registers.
@@ -72,13 +76,25 @@ struct GateInputs {
     const T* h;  ///< (recurrent_size), or null
 };
 
-/// Gate sums of the block that begins `at` units behind the begin of a panel.
+/// Gate sums of the block that begins `at` units behind the begin of a panel. A function of its own, so that nothing
+/// else takes registers from its loop.
 template <class T, class W>
-void block_sums(const LstmLayer<T>& layer, const GateInputs<T>& in, const unsigned char* panel, std::size_t width,
-                std::size_t at, Native<T>* sums) {
+__attribute__((noinline)) void block_sums(const LstmLayer<T>& layer, const GateInputs<T>& in,
+                                          const unsigned char* panel, std::size_t width, std::size_t at,
+                                          Native<T>* sums) {
     const std::size_t columns = gate_count * width;
     const T* bias = reinterpret_cast<const T*>(panel) + at;
-    const auto* weights = reinterpret_cast<const typename W::Stored*>(panel + columns * sizeof(T)) + at;
+    // A pointer for each gate, as the processors that this is for add no offset but a constant one.
+    const auto* i = reinterpret_cast<const typename W::Stored*>(panel + columns * sizeof(T)) + at;
+    const auto* f = i + width;
+    const auto* g = f + width;
+    const auto* o = g + width;
+    const auto skip = [&](std::size_t values) __attribute__((always_inline)) {
+        i += values;
+        f += values;
+        g += values;
+        o += values;
+    };
     Native<T> sum[block_vectors<T>];
     unrolled<block_vectors<T>>([&](int v) __attribute__((always_inline)) {
         sum[v] = in.bias ? load<Native<T>>(bias + vector_place<T>(v, width)) : Native<T>{};
@@ -87,14 +103,21 @@ void block_sums(const LstmLayer<T>& layer, const GateInputs<T>& in, const unsign
     std::size_t count = layer.input_size;
     for (int part = 0; part < 2; ++part) {
         if (!values) {
-            weights += count * columns;
+            skip(count * columns);
             count = 0;
         }
-        for (; count > 0; --count, weights += columns) {
+        for (; count > 0; --count) {
             const Native<T> value = broadcast<Native<T>>(*values++);
             unrolled<block_vectors<T>>([&](int v) __attribute__((always_inline)) {
-                sum[v] = fma(value, W::template widen<Native<T>>(weights + vector_place<T>(v, width)), sum[v]);
+                const int gate = v / gate_vectors<T>;
+                const auto* weights = (gate == 0   ? i
+                                       : gate == 1 ? f
+                                       : gate == 2 ? g
+                                                   : o) +
+                                      v % gate_vectors<T> * native_lanes<T>;
+                sum[v] = fma(value, W::template widen<Native<T>>(weights), sum[v]);
             });
+            skip(columns);
         }
         values = in.h;
         count = layer.recurrent_size;
@@ -486,7 +509,7 @@ std::uint64_t plan_scratch(const Image& image, std::size_t steps, std::size_t ba
 }
 
 template <class T>
-void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) {
+void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) CELLSTEP_NONBLOCKING {
     const FlushDenormals flush;
     for (std::size_t row = 0; row < run.batch; ++row) {
         const RowRun<T> of{plan, run, row, scratch + 2 * plan.chunk * plan.widest};
@@ -503,7 +526,7 @@ std::uint64_t prepared_size(const Image& image) {
 }
 
 template <class T>
-void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) {
+void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) CELLSTEP_NONBLOCKING {
     const FlushDenormals flush;
     Rows<T> rows{1, plan.image.header().input_size, scratch, scratch + plan.widest};
     gather<T>({x, 0, 0, 1}, 0, 0, rows);
@@ -513,7 +536,7 @@ void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) {
 }
 
 template <class T>
-void initial_state(const Image& image, std::size_t batch, T* h, T* c) {
+void initial_state(const Image& image, std::size_t batch, T* h, T* c) CELLSTEP_NONBLOCKING {
     StatePlace place;
     for (const ImageRecord& record : image) {
         if (kind_of(record) != RecordKind::lstm) continue;
@@ -546,10 +569,10 @@ template std::size_t plan_bytes<float>(const Image&);
 template const Plan<float>* make_plan<float>(const Image&, std::size_t, std::size_t, const Parallel*, void*);
 template std::uint64_t plan_scratch<float>(const Image&, std::size_t, std::size_t, const Parallel*);
 template std::uint64_t prepared_size<float>(const Image&);
-template void prepare_step<float>(const Plan<float>&, const float*, float*, float*);
-template void run_model<float>(const Plan<float>&, const ModelRun<float>&, float*);
+template void prepare_step<float>(const Plan<float>&, const float*, float*, float*) CELLSTEP_NONBLOCKING;
+template void run_model<float>(const Plan<float>&, const ModelRun<float>&, float*) CELLSTEP_NONBLOCKING;
 template std::size_t model_scratch<float>(const Image&, std::size_t, std::size_t, const Parallel*);
-template void initial_state<float>(const Image&, std::size_t, float*, float*);
+template void initial_state<float>(const Image&, std::size_t, float*, float*) CELLSTEP_NONBLOCKING;
 template void run_model<float>(const Image&, const ModelRun<float>&, float*);
 
 }  // namespace core

@@ -30,7 +30,7 @@ inline void dense_output(const Dense<T>& d, std::size_t row, std::size_t output)
 
 /// With a few outputs, as most heads have, a vector of them would be mostly padding.
 template <class T>
-inline void dense(const Dense<T>& d) {
+inline void dense(const Dense<T>& d) CELLSTEP_NONBLOCKING {
     constexpr std::size_t few = 4;
     if (d.outputs > few) {
         for (std::size_t row = 0; row < d.rows; ++row)

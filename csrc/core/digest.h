@@ -26,7 +26,7 @@ inline Words multiply_low(Words a, Words b) {
 #endif
 }
 
-inline std::uint64_t digest(const void* data, std::size_t size, std::uint64_t seed) {
+inline std::uint64_t digest(const void* data, std::size_t size, std::uint64_t seed) CELLSTEP_NONBLOCKING {
     constexpr std::size_t bytes = sizeof(Words);
     constexpr int streams = 4;
     const auto* at = static_cast<const unsigned char*>(data);

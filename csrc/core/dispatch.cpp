@@ -27,9 +27,9 @@ struct Choice {
 
 #if defined(CELLSTEP_MANY_ISAS)
 // The products of int8 weights, for machines that have instructions for them.
-#define CELLSTEP_DECLARE_INT8(isa)                       \
-    namespace isa {                                      \
-    extern void (*const kernel)(const Int8Step<float>&); \
+#define CELLSTEP_DECLARE_INT8(isa)                                            \
+    namespace isa {                                                           \
+    extern void (*const kernel)(const Int8Step<float>&) CELLSTEP_NONBLOCKING; \
     }
 #if defined(CELLSTEP_AVX_VNNI)
 CELLSTEP_DECLARE_INT8(avx2vnni)
@@ -54,6 +54,9 @@ static bool has_avx_vnni() {
 }
 #endif
 
+/// The kernels of the choice, with other products of int8 weights.
+static Kernels<float> with_int8_products;
+
 static Choice choose() {
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
@@ -61,11 +64,11 @@ static Choice choose() {
                             __builtin_cpu_supports("avx512vl");
     const char* wish = std::getenv("CELLSTEP_CPU");
     const auto wanted = [wish](const char* name) { return !wish || std::strcmp(wish, name) == 0; };
-    const auto with_int8 = [](const Kernels<float>& kernels, void (*int8_step)(const Int8Step<float>&)) {
-        static Kernels<float> changed;
-        changed = kernels;
-        changed.int8_step = int8_step;
-        return &changed;
+    const auto with_int8 = [](const Kernels<float>& kernels,
+                              void (*int8_step)(const Int8Step<float>&) CELLSTEP_NONBLOCKING) {
+        with_int8_products = kernels;
+        with_int8_products.int8_step = int8_step;
+        return &with_int8_products;
     };
     if (has_avx512 && __builtin_cpu_supports("avx512vnni") && wanted("avx512vnni"))
         return {"avx512", with_int8(avx512::kernels_float, avx512vnni::kernel), &avx512::kernels_double};
@@ -79,28 +82,27 @@ static Choice choose() {
     if (has_avx2 && !no_more_than_baseline) return {"avx2", &avx2::kernels_float, &avx2::kernels_double};
     return {"baseline", &baseline::kernels_float, &baseline::kernels_double};
 }
+/// Settled while the library is loaded, so that no call waits for a guard. Who calls even before, from an initializer
+/// of another file, gets the baseline.
+static Choice chosen = {"baseline", &baseline::kernels_float, &baseline::kernels_double};
+[[maybe_unused]] static const bool settled = (chosen = choose(), true);
 #else
 CELLSTEP_DECLARE(native)
 
-static Choice choose() { return {"native", &native::kernels_float, &native::kernels_double}; }
+static constexpr Choice chosen = {"native", &native::kernels_float, &native::kernels_double};
 #endif
 
-static const Choice& chosen() {
-    static const Choice choice = choose();
-    return choice;
+template <>
+const Kernels<float>& kernels<float>() CELLSTEP_NONBLOCKING {
+    return *chosen.single;
 }
 
 template <>
-const Kernels<float>& kernels<float>() {
-    return *chosen().single;
+const Kernels<double>& kernels<double>() CELLSTEP_NONBLOCKING {
+    return *chosen.full;
 }
 
-template <>
-const Kernels<double>& kernels<double>() {
-    return *chosen().full;
-}
-
-const char* instruction_set() { return chosen().name; }
+const char* instruction_set() { return chosen.name; }
 
 }  // namespace core
 }  // namespace cellstep

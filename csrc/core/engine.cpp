@@ -99,7 +99,7 @@ struct Layout {
         Count longest = chunk;
         if (parallel && parallel->threads > 1) {
             const bool cached = most <= cached_weights;
-            if (batch >= 2 * parallel->threads && cached && most * batch * steps >= 2 * worth_a_thread) {
+            if (batch / 2 >= parallel->threads && cached && most * batch * steps >= 2 * worth_a_thread) {
                 row_shares = parallel->threads;
             } else if (!bidirectional && layers > 1 && cached) {
                 wave = static_cast<std::size_t>(worth_a_thread / ((least + beside_a_step) * batch) + 1);
@@ -559,7 +559,7 @@ std::size_t plan_bytes(const Image& image) {
 
 template <class T>
 const Plan<T>* make_plan(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel,
-                         void* memory) {
+                         void* memory) CELLSTEP_NONBLOCKING {
     static_assert(sizeof(Plan<T>) % alignof(Stage<T>) == 0, "the stages lie behind the plan");
     Plan<T>* plan = static_cast<Plan<T>*>(memory);
     Stage<T>* stages = reinterpret_cast<Stage<T>*>(plan + 1);
@@ -622,14 +622,14 @@ std::uint64_t plan_scratch(const Image& image, std::size_t steps, std::size_t ba
 }
 
 template <class T>
-std::uint64_t prepared_size(const Image& image) {
+std::uint64_t prepared_size(const Image& image) CELLSTEP_NONBLOCKING {
     const ImageRecord& record = *image.find(RecordKind::lstm);
     const std::uint64_t sums = whole_lines<T>(gate_count * padded_size(record.sizes[1]));
     return whole_lines<T>(record.sizes[0]) + (record.flags & LayerFlags::bidirectional ? 2 : 1) * sums;
 }
 
 template <class T>
-void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) {
+void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) CELLSTEP_NONBLOCKING {
     const FlushDenormals flush;
     const LstmLayer<T>& layer = plan.stages[0].layer;
     const Workspace<T> workspace(plan.layout, scratch, 0);
@@ -644,7 +644,7 @@ void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) {
 }
 
 template <class T>
-void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) {
+void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) CELLSTEP_NONBLOCKING {
     if (run.steps == 0 || run.batch == 0) return;
     const Layout<T>& layout = plan.layout;
     if (plan.single_steps && run.steps == 1 && run.batch == 1 && !run.reset && !run.prepared)
@@ -673,7 +673,7 @@ std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t bat
 }
 
 template <class T>
-void initial_state(const Image& image, std::size_t batch, T* h, T* c) {
+void initial_state(const Image& image, std::size_t batch, T* h, T* c) CELLSTEP_NONBLOCKING {
     StatePlace place;
     for (const ImageRecord& record : image) {
         if (kind_of(record) != RecordKind::lstm) continue;
@@ -691,7 +691,7 @@ void initial_state(const Image& image, std::size_t batch, T* h, T* c) {
 }
 
 template <class T>
-void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
+void run_model(const Image& image, const ModelRun<T>& run, T* scratch) CELLSTEP_NONBLOCKING {
     if (run.steps == 0 || run.batch == 0) return;
     T* memory = scratch;
     while (reinterpret_cast<std::uintptr_t>(memory) % 64) ++memory;
@@ -699,16 +699,17 @@ void run_model(const Image& image, const ModelRun<T>& run, T* scratch) {
     run_model<T>(*plan, run, memory + plan_values<T>(plan->layout.layers) - 64 / sizeof(T));
 }
 
-#define CELLSTEP_INSTANTIATE(T)                                                                           \
-    template std::size_t plan_bytes<T>(const Image&);                                                     \
-    template const Plan<T>* make_plan<T>(const Image&, std::size_t, std::size_t, const Parallel*, void*); \
-    template std::uint64_t plan_scratch<T>(const Image&, std::size_t, std::size_t, const Parallel*);      \
-    template std::uint64_t prepared_size<T>(const Image&);                                                \
-    template void prepare_step<T>(const Plan<T>&, const T*, T*, T*);                                      \
-    template void run_model<T>(const Plan<T>&, const ModelRun<T>&, T*);                                   \
-    template std::size_t model_scratch<T>(const Image&, std::size_t, std::size_t, const Parallel*);       \
-    template void initial_state<T>(const Image&, std::size_t, T*, T*);                                    \
-    template void run_model<T>(const Image&, const ModelRun<T>&, T*);
+#define CELLSTEP_INSTANTIATE(T)                                                                          \
+    template std::size_t plan_bytes<T>(const Image&);                                                    \
+    template const Plan<T>* make_plan<T>(const Image&, std::size_t, std::size_t, const Parallel*, void*) \
+        CELLSTEP_NONBLOCKING;                                                                            \
+    template std::uint64_t plan_scratch<T>(const Image&, std::size_t, std::size_t, const Parallel*);     \
+    template std::uint64_t prepared_size<T>(const Image&) CELLSTEP_NONBLOCKING;                          \
+    template void prepare_step<T>(const Plan<T>&, const T*, T*, T*) CELLSTEP_NONBLOCKING;                \
+    template void run_model<T>(const Plan<T>&, const ModelRun<T>&, T*) CELLSTEP_NONBLOCKING;             \
+    template std::size_t model_scratch<T>(const Image&, std::size_t, std::size_t, const Parallel*);      \
+    template void initial_state<T>(const Image&, std::size_t, T*, T*) CELLSTEP_NONBLOCKING;              \
+    template void run_model<T>(const Image&, const ModelRun<T>&, T*) CELLSTEP_NONBLOCKING;
 CELLSTEP_INSTANTIATE(float)
 CELLSTEP_INSTANTIATE(double)
 #undef CELLSTEP_INSTANTIATE

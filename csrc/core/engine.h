@@ -27,7 +27,7 @@ struct ModelRun {
 };
 
 /// Whether a layer runs backwards in time as well, so that a sequence cannot be cut into calls.
-bool is_bidirectional(const Image& image);
+bool is_bidirectional(const Image& image) CELLSTEP_NONBLOCKING;
 
 /// A model made ready to run, so that a call finds all sizes and places known.
 template <class T>
@@ -42,7 +42,7 @@ std::size_t plan_bytes(const Image& image);
 /// steps decides about nothing but how they are shared by threads.
 template <class T>
 const Plan<T>* make_plan(const Image& image, std::size_t steps, std::size_t batch, const Parallel* parallel,
-                         void* memory);
+                         void* memory) CELLSTEP_NONBLOCKING;
 
 /// Values of scratch memory that every call of such a plan needs, in 64 bits, as size_t may not hold it; in steps and
 /// rows of up to 2^24 no sum on the way overflows. A long call is cut into chunks that stay in cache, so this does not
@@ -52,22 +52,22 @@ std::uint64_t plan_scratch(const Image& image, std::size_t steps, std::size_t ba
 
 /// No bit of the result hangs on how a stream is cut into calls, on the batch or on the threads.
 template <class T>
-void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch);
+void run_model(const Plan<T>& plan, const ModelRun<T>& run, T* scratch) CELLSTEP_NONBLOCKING;
 
 /// Values that prepare_step writes.
 template <class T>
-std::uint64_t prepared_size(const Image& image);
+std::uint64_t prepared_size(const Image& image) CELLSTEP_NONBLOCKING;
 
 /// Writes what hangs on one step of x (input_size) alone: the step as the first LSTM layer sees it, and where memory is
 /// no matter the input part of that layer's gate sums for each direction. Each gate sum is one chain over bias, inputs
 /// and hidden values, so a run that goes on from here ends in the same bits.
 template <class T>
-void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch);
+void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) CELLSTEP_NONBLOCKING;
 
 /// Writes the state of fresh streams, zero or learned: h (state_layers, batch, h_size), c (state_layers, batch,
 /// c_size).
 template <class T>
-void initial_state(const Image& image, std::size_t batch, T* h, T* c);
+void initial_state(const Image& image, std::size_t batch, T* h, T* c) CELLSTEP_NONBLOCKING;
 
 /// Values of scratch memory for the run_model below.
 template <class T>
@@ -75,7 +75,7 @@ std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t bat
 
 /// The same for a caller who keeps no plan.
 template <class T>
-void run_model(const Image& image, const ModelRun<T>& run, T* scratch);
+void run_model(const Image& image, const ModelRun<T>& run, T* scratch) CELLSTEP_NONBLOCKING;
 
 }  // namespace core
 }  // namespace cellstep

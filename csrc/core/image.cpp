@@ -9,6 +9,11 @@
 #error "deploy files are little-endian and read in place: a big-endian target is not supported"
 #endif
 
+// Rounding to whole numbers in the activations and sums of two parts rely on it; x87 registers gave errors of 0.3.
+#if defined(__FLT_EVAL_METHOD__) && (__FLT_EVAL_METHOD__ < 0 || __FLT_EVAL_METHOD__ == 1 || __FLT_EVAL_METHOD__ == 2)
+#error "each float and double must be rounded to its own precision: on 32-bit x86 build with -msse2 -mfpmath=sse"
+#endif
+
 namespace cellstep {
 namespace core {
 

@@ -47,6 +47,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/nonblocking.h"
 #include "core/pack.h"
 
 namespace cellstep {
@@ -188,7 +189,7 @@ public:
     const ImageRecord* end() const { return begin() + header().record_count; }
 
     /// First record of a kind, or null.
-    const ImageRecord* find(RecordKind kind) const;
+    const ImageRecord* find(RecordKind kind) const CELLSTEP_NONBLOCKING;
 
     template <class T>
     const T* data(const ImageRecord& record) const {

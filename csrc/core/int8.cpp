@@ -5,8 +5,8 @@ namespace cellstep {
 namespace core {
 namespace CELLSTEP_ISA {
 
-extern void (*const kernel)(const Int8Step<float>&);
-void (*const kernel)(const Int8Step<float>&) = int8_step;
+extern void (*const kernel)(const Int8Step<float>&) CELLSTEP_NONBLOCKING;
+void (*const kernel)(const Int8Step<float>&) CELLSTEP_NONBLOCKING = int8_step;
 
 }  // namespace CELLSTEP_ISA
 }  // namespace core

@@ -226,7 +226,7 @@ inline void int8_panel(const Int8Step<float>& call, std::size_t first, std::size
     for (; row < count; ++row) int8_rows<Width, 1>(call, first, row, unit, panel, x, h);
 }
 
-inline void int8_step(const Int8Step<float>& call) {
+inline void int8_step(const Int8Step<float>& call) CELLSTEP_NONBLOCKING {
     const Step<float>& s = call.step;
     const auto* factors = static_cast<const float*>(s.packed);
     const unsigned char* packed = first_panel(WeightType::int8, s.packed, s.input_size);

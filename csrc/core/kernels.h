@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/nonblocking.h"
 #include "core/pack.h"
 
 namespace cellstep {
@@ -167,26 +168,26 @@ struct Int8Step {
 
 template <class T>
 struct Kernels {
-    void (*product)(const Product<T>&);
+    void (*product)(const Product<T>&) CELLSTEP_NONBLOCKING;
     /// Writes `count` weights of a narrow type in the type that is computed in; `stored` is read as that type.
-    void (*widen)(WeightType type, const void* stored, std::size_t count, T* widened);
-    void (*step)(const Step<T>&);
+    void (*widen)(WeightType type, const void* stored, std::size_t count, T* widened) CELLSTEP_NONBLOCKING;
+    void (*step)(const Step<T>&) CELLSTEP_NONBLOCKING;
     /// The step of int8 weights, see int8_step.h. Null for double.
-    void (*int8_step)(const Int8Step<T>&);
-    void (*step_backward)(const StepBackward<T>&);
-    void (*variant_sweep)(const VariantSweep<T>&);
-    void (*dense)(const Dense<T>&);
+    void (*int8_step)(const Int8Step<T>&) CELLSTEP_NONBLOCKING;
+    void (*step_backward)(const StepBackward<T>&) CELLSTEP_NONBLOCKING;
+    void (*variant_sweep)(const VariantSweep<T>&) CELLSTEP_NONBLOCKING;
+    void (*dense)(const Dense<T>&) CELLSTEP_NONBLOCKING;
     /// Applies an activation to `rows` contiguous rows of `width` values in place.
-    void (*activate)(Activation activation, std::size_t rows, std::size_t width, T* values);
+    void (*activate)(Activation activation, std::size_t rows, std::size_t width, T* values) CELLSTEP_NONBLOCKING;
     /// A number that changes when the bytes do; not the same on every instruction set.
-    std::uint64_t (*digest)(const void* data, std::size_t size, std::uint64_t seed);
+    std::uint64_t (*digest)(const void* data, std::size_t size, std::uint64_t seed) CELLSTEP_NONBLOCKING;
 };
 
-/// The kernels of the best instruction set that this machine has, chosen at the first call. The environment
+/// The kernels of the best instruction set that this machine has, chosen when the library is loaded. The environment
 /// variable CELLSTEP_CPU (baseline, avx2, avx2vnni, avx512 or avx512vnni) lowers the choice; what the machine lacks is
 /// never chosen. The names in vnni differ from those without in the products of int8 weights alone.
 template <class T>
-const Kernels<T>& kernels();
+const Kernels<T>& kernels() CELLSTEP_NONBLOCKING;
 
 /// Name of the instruction set in use: "baseline", "avx2" or "avx512" on x86-64, else "native".
 const char* instruction_set();

@@ -58,18 +58,14 @@ void project(WeightType weights, const void* packed, std::size_t rows, std::size
         width = panel_width(hidden_size - unit);
         const std::size_t columns = gate_count * width;
         const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(columns);
-        for (std::size_t row = 0; row < rows; ++row) {
-            if (bias)
-                std::memcpy(sums + row * columns, panel, columns * sizeof(T));
-            else
-                zero(sums + row * columns, columns);
-        }
+        if (!bias) zero(sums, rows * columns);
+        const T* start = bias ? reinterpret_cast<const T*>(panel) : nullptr;
         const T* full = reinterpret_cast<const T*>(panel + columns * sizeof(T));
         if (weights != WeightType::full) {
             kernels<T>().widen(weights, full, columns * input_size, scratch);
             full = scratch;
         }
-        kernels<T>().product({rows, columns, input_size, x, x_stride, 1, full, stride, sums, stride});
+        kernels<T>().product({rows, columns, input_size, x, x_stride, 1, full, stride, sums, stride, start});
         panel += panel_bytes<T>(weights, width, input_size + recurrent_size);
         sums += columns * rows;
     }
@@ -192,12 +188,12 @@ std::uint64_t variant_scratch(std::uint64_t steps, std::uint64_t batch, std::uin
 }
 
 template <class T>
-void layer_step(const Step<T>& step, const Parallel* parallel) {
+void layer_step(const Step<T>& step, const Parallel* parallel) CELLSTEP_NONBLOCKING {
     run_step(step, step_shares(parallel, step.rows, step.hidden_size, step.input_size + step.recurrent_size), parallel);
 }
 
 template <class T>
-void layer_forward(const LayerForward<T>& layer, T* scratch) {
+void layer_forward(const LayerForward<T>& layer, T* scratch) CELLSTEP_NONBLOCKING {
     const FlushDenormals flush;
     const std::size_t units = layer.hidden_size;
     const std::size_t depth = layer.input_size + units;
@@ -266,13 +262,13 @@ void layer_forward(const LayerForward<T>& layer, T* scratch) {
 
 template <class T>
 void project_row(WeightType weights, const void* packed, std::size_t input_size, std::size_t hidden_size,
-                 std::size_t recurrent_size, bool bias, const T* x, T* sums, T* scratch) {
+                 std::size_t recurrent_size, bool bias, const T* x, T* sums, T* scratch) CELLSTEP_NONBLOCKING {
     project<T>(weights, packed, 1, input_size, hidden_size, recurrent_size, bias, x,
                static_cast<std::ptrdiff_t>(input_size), sums, scratch);
 }
 
 template <class T>
-void variant_forward(const VariantForward<T>& layer, T* scratch) {
+void variant_forward(const VariantForward<T>& layer, T* scratch) CELLSTEP_NONBLOCKING {
     const FlushDenormals flush;
     const std::size_t rows = layer.steps * layer.batch;
     T* sums = scratch;
@@ -292,7 +288,7 @@ void variant_forward(const VariantForward<T>& layer, T* scratch) {
 
 template <class T>
 void dense_forward(std::size_t rows, std::size_t in_size, std::size_t out_size, const T* packed, const T* x,
-                   std::ptrdiff_t x_stride, T* y, std::ptrdiff_t y_stride) {
+                   std::ptrdiff_t x_stride, T* y, std::ptrdiff_t y_stride) CELLSTEP_NONBLOCKING {
     kernels<T>().dense({rows, in_size, out_size, packed, x, x_stride, y, y_stride});
 }
 
@@ -305,26 +301,26 @@ void pack_dense(std::size_t in_size, std::size_t out_size, MatrixView<T> weight,
 }
 
 template <class T>
-void apply_activation(Activation activation, std::size_t rows, std::size_t width, T* values) {
+void apply_activation(Activation activation, std::size_t rows, std::size_t width, T* values) CELLSTEP_NONBLOCKING {
     kernels<T>().activate(activation, rows, width, values);
 }
 
-template void apply_activation<float>(Activation, std::size_t, std::size_t, float*);
-template void apply_activation<double>(Activation, std::size_t, std::size_t, double*);
+template void apply_activation<float>(Activation, std::size_t, std::size_t, float*) CELLSTEP_NONBLOCKING;
+template void apply_activation<double>(Activation, std::size_t, std::size_t, double*) CELLSTEP_NONBLOCKING;
 template void project_row<float>(WeightType, const void*, std::size_t, std::size_t, std::size_t, bool, const float*,
-                                 float*, float*);
+                                 float*, float*) CELLSTEP_NONBLOCKING;
 template void project_row<double>(WeightType, const void*, std::size_t, std::size_t, std::size_t, bool, const double*,
-                                  double*, double*);
-template void layer_step<float>(const Step<float>&, const Parallel*);
-template void layer_step<double>(const Step<double>&, const Parallel*);
-template void variant_forward<float>(const VariantForward<float>&, float*);
-template void variant_forward<double>(const VariantForward<double>&, double*);
-template void layer_forward<float>(const LayerForward<float>&, float*);
-template void layer_forward<double>(const LayerForward<double>&, double*);
+                                  double*, double*) CELLSTEP_NONBLOCKING;
+template void layer_step<float>(const Step<float>&, const Parallel*) CELLSTEP_NONBLOCKING;
+template void layer_step<double>(const Step<double>&, const Parallel*) CELLSTEP_NONBLOCKING;
+template void variant_forward<float>(const VariantForward<float>&, float*) CELLSTEP_NONBLOCKING;
+template void variant_forward<double>(const VariantForward<double>&, double*) CELLSTEP_NONBLOCKING;
+template void layer_forward<float>(const LayerForward<float>&, float*) CELLSTEP_NONBLOCKING;
+template void layer_forward<double>(const LayerForward<double>&, double*) CELLSTEP_NONBLOCKING;
 template void dense_forward<float>(std::size_t, std::size_t, std::size_t, const float*, const float*, std::ptrdiff_t,
-                                   float*, std::ptrdiff_t);
+                                   float*, std::ptrdiff_t) CELLSTEP_NONBLOCKING;
 template void dense_forward<double>(std::size_t, std::size_t, std::size_t, const double*, const double*, std::ptrdiff_t,
-                                    double*, std::ptrdiff_t);
+                                    double*, std::ptrdiff_t) CELLSTEP_NONBLOCKING;
 template void pack_dense<float>(std::size_t, std::size_t, MatrixView<float>, const float*, float*);
 template void pack_dense<double>(std::size_t, std::size_t, MatrixView<double>, const double*, double*);
 

@@ -63,18 +63,18 @@ struct LayerForward {
 
 /// Values of scratch memory that layer_forward needs for a call of this size; does not grow with long sequences.
 std::uint64_t layer_scratch(std::uint64_t steps, std::uint64_t batch, std::uint64_t input_size,
-                            std::uint64_t hidden_size, const Parallel* parallel = nullptr);
+                            std::uint64_t hidden_size, const Parallel* parallel = nullptr) CELLSTEP_NONBLOCKING;
 
 /// Runs a layer. A few rows have the input projection of a chunk of steps as one matrix product before the recurrence,
 /// so that its weights are read once for the chunk; with more rows a step reads them once for all. Every gate sum is
 /// one chain of multiply-adds over bias, inputs and hidden values, so no bit of the result hangs on how a sequence is
 /// cut into calls, on which other rows are in the batch, or on the threads.
 template <class T>
-void layer_forward(const LayerForward<T>& layer, T* scratch);
+void layer_forward(const LayerForward<T>& layer, T* scratch) CELLSTEP_NONBLOCKING;
 
 /// One step of a plain layer, ready but for the units; `scratch` as layer_scratch counts it.
 template <class T>
-void layer_step(const Step<T>& step, const Parallel* parallel);
+void layer_step(const Step<T>& step, const Parallel* parallel) CELLSTEP_NONBLOCKING;
 
 /// A layer with options; h is updated in place, unlike above.
 template <class T>
@@ -100,25 +100,25 @@ struct VariantForward {
 /// as a layer with norm_ih wants them. `scratch`: 64 input_size values.
 template <class T>
 void project_row(WeightType weights, const void* packed, std::size_t input_size, std::size_t hidden_size,
-                 std::size_t recurrent_size, bool bias, const T* x, T* sums, T* scratch);
+                 std::size_t recurrent_size, bool bias, const T* x, T* sums, T* scratch) CELLSTEP_NONBLOCKING;
 
 /// Values of scratch memory that variant_forward needs for a call of this size.
 std::uint64_t variant_scratch(std::uint64_t steps, std::uint64_t batch, std::uint64_t input_size,
-                              std::uint64_t hidden_size);
+                              std::uint64_t hidden_size) CELLSTEP_NONBLOCKING;
 
 /// Runs a layer with options; what holds for the bits of layer_forward holds here.
 template <class T>
-void variant_forward(const VariantForward<T>& layer, T* scratch);
+void variant_forward(const VariantForward<T>& layer, T* scratch) CELLSTEP_NONBLOCKING;
 
 /// y = x W^T + b for `rows` rows, each sum in order of the inputs. `packed` is a (1 + in_size, out_size) matrix: the
 /// bias, then the transposed weight.
 template <class T>
 void dense_forward(std::size_t rows, std::size_t in_size, std::size_t out_size, const T* packed, const T* x,
-                   std::ptrdiff_t x_stride, T* y, std::ptrdiff_t y_stride);
+                   std::ptrdiff_t x_stride, T* y, std::ptrdiff_t y_stride) CELLSTEP_NONBLOCKING;
 
 /// Applies an activation to `rows` contiguous rows of `width` values in place.
 template <class T>
-void apply_activation(Activation activation, std::size_t rows, std::size_t width, T* values);
+void apply_activation(Activation activation, std::size_t rows, std::size_t width, T* values) CELLSTEP_NONBLOCKING;
 
 /// Writes (1 + in_size) * out_size values to `packed`; weight is (out_size, in_size), bias may be null.
 template <class T>

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 
+#include "core/nonblocking.h"
+
 namespace cellstep {
 namespace core {
 
@@ -16,14 +18,16 @@ struct Parallel {
 
 /// Calls visit(index) for each index below count, on the threads of `parallel` unless that is null.
 template <class Visit>
-void for_each(const Parallel* parallel, std::size_t count, Visit visit) {
+void for_each(const Parallel* parallel, std::size_t count, Visit visit) CELLSTEP_NONBLOCKING {
     if (!parallel || count < 2) {
         for (std::size_t index = 0; index < count; ++index) visit(index);
         return;
     }
-    parallel->run(
-        parallel->context, count, [](void* argument, std::size_t index) { (*static_cast<Visit*>(argument))(index); },
-        &visit);
+    CELLSTEP_UNCHECKED_BEGIN  // what the caller's threads do is the caller's promise
+        parallel->run(
+            parallel->context, count,
+            [](void* argument, std::size_t index) { (*static_cast<Visit*>(argument))(index); }, &visit);
+    CELLSTEP_UNCHECKED_END
 }
 
 /// Begin of share `index` of `count` things in `shares`, at multiples of `grain`.

@@ -137,7 +137,7 @@ inline void product_tail(const Product<T>& p, std::size_t column) {
 }
 
 template <class T>
-inline void product(const Product<T>& p) {
+inline void product(const Product<T>& p) CELLSTEP_NONBLOCKING {
     constexpr std::size_t lanes = static_cast<std::size_t>(native_lanes<T>);
     // As many accumulators as the register file holds beside a row of B: 32 registers with AVX-512, else 16.
     constexpr int block = native_bytes == 64 ? 4 : 2;

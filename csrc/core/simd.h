@@ -91,16 +91,29 @@ template <class T>
 constexpr int native_lanes = native_bytes > static_cast<int>(sizeof(T)) ? native_bytes / static_cast<int>(sizeof(T))
                                                                         : 1;
 
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
+/// Of one lane directly: through memcpy it would pass through a register for integers.
 template <class V, class T>
 inline V load(const T* source) {
-    V value;
-    __builtin_memcpy(&value, source, sizeof(V));
-    return value;
+    if constexpr (is_same<V, T>) {
+        return *source;
+    } else {
+        V value;
+        __builtin_memcpy(&value, source, sizeof(V));
+        return value;
+    }
 }
 
 template <class V, class T>
 inline void store(T* target, V value) {
-    __builtin_memcpy(target, &value, sizeof(V));
+    if constexpr (is_same<V, T>)
+        *target = value;
+    else
+        __builtin_memcpy(target, &value, sizeof(V));
 }
 
 /// Subtracting zero keeps the sign of a negative zero, which adding zero would lose.

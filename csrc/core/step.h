@@ -269,7 +269,8 @@ CELLSTEP_INLINE void spread(Vector<T, Width * Parts> value, std::size_t first, c
 
 /// As many rows of a narrow panel as a vector has room for, each part of it a row.
 template <class T, int Width, int Rows, bool Fast>
-inline void move_rows_at_once(const Step<T>& s, std::size_t first, std::size_t unit, const T* sums) {
+inline void move_rows_at_once(const Step<T>& s, std::size_t first, std::size_t unit,
+                              const T* sums) CELLSTEP_NONBLOCKING {
     using Part = Vector<T, Width>;
     constexpr int lanes = Rows * Width;
     using V = Vector<T, lanes>;
@@ -324,7 +325,7 @@ inline void widen_all(const void* stored, std::size_t count, T* widened) {
 
 /// Counts are multiples of 16, as panels are at least 4 units of 4 gates wide.
 template <class T>
-inline void widen_weights(WeightType type, const void* stored, std::size_t count, T* widened) {
+inline void widen_weights(WeightType type, const void* stored, std::size_t count, T* widened) CELLSTEP_NONBLOCKING {
     if constexpr (sizeof(T) == sizeof(float)) {
         if (type == WeightType::bfloat16) return widen_all<T, Bfloat16Weights>(stored, count, widened);
         if (type == WeightType::float16) return widen_all<T, Float16Weights>(stored, count, widened);
@@ -401,7 +402,7 @@ inline void row_of_weights(const Step<T>& s, const Finish& finish) {
 }
 
 template <class T>
-inline void step(const Step<T>& s) {
+inline void step(const Step<T>& s) CELLSTEP_NONBLOCKING {
     if constexpr (panels_at_once<T> > 0)
         if (s.rows == 1) return row_of_weights<T>(s, Move<T>{row_state(s, 0)});
     step_rows<T>(s);

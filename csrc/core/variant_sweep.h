@@ -72,7 +72,8 @@ inline void softmax(std::size_t width, T* values) {
 }
 
 template <class T>
-inline void apply_activation(Activation activation, std::size_t rows, std::size_t width, T* values) {
+inline void apply_activation(Activation activation, std::size_t rows, std::size_t width,
+                             T* values) CELLSTEP_NONBLOCKING {
     if (activation == Activation::linear) return;
     if (activation == Activation::softmax) {
         for (std::size_t row = 0; row < rows; ++row) softmax<T>(width, values + row * width);
@@ -171,7 +172,7 @@ inline void normalise_gates(const VariantSweep<T>& s, std::size_t step, const T*
 /// `unit` is the first of `width` in the panel.
 template <class T, int lanes>
 inline void gate_panel(const VariantSweep<T>& s, std::size_t row, std::size_t unit, std::size_t width, const T* sums,
-                       T* new_c, T* over, T* under) {
+                       T* new_c, T* over, T* under) CELLSTEP_NONBLOCKING {
     using V = Vector<T, lanes>;
     const LayerOptions<T>& options = s.options;
     const std::size_t units = s.hidden_size;
@@ -303,7 +304,7 @@ inline void add_recurrent(const VariantSweep<T>& s, std::size_t step, const T* h
 }
 
 template <class T>
-inline void variant_sweep(const VariantSweep<T>& s) {
+inline void variant_sweep(const VariantSweep<T>& s) CELLSTEP_NONBLOCKING {
     const std::size_t rows = s.steps * s.batch;
     const std::size_t units = s.hidden_size;
     const std::ptrdiff_t recurrent_stride = static_cast<std::ptrdiff_t>(s.recurrent_size);

@@ -3,8 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <cerrno>
+#include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -14,10 +17,10 @@
 #include "core/kernels.h"
 #include "core/layer.h"
 #include "core/pack.h"
-#include "pool.h"
+#include "threads.h"
 
 namespace py = pybind11;
-using cellstep::python::Pool;
+using cellstep::python::Threads;
 
 namespace {
 
@@ -33,6 +36,38 @@ std::string shape_text(const std::vector<py::ssize_t>& shape) {
     return py::str(py::tuple(py::cast(shape))).cast<std::string>();
 }
 
+/// A buffer of float32 values one behind the other, or no buffer.
+class Buffer {
+public:
+    Buffer() = default;
+    Buffer(const py::handle& value, int flags) {
+        if (PyObject_GetBuffer(value.ptr(), &view_, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | flags) != 0) {
+            PyErr_Clear();
+            view_.obj = nullptr;
+        } else if (!is_float(view_.format)) {
+            PyBuffer_Release(&view_);
+        }
+    }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() {
+        if (*this) PyBuffer_Release(&view_);
+    }
+
+    explicit operator bool() const { return view_.obj != nullptr; }
+    float* data() const { return static_cast<float*>(view_.buf); }
+    std::vector<py::ssize_t> shape() const { return {view_.shape, view_.shape + view_.ndim}; }
+
+private:
+    static bool is_float(const char* format) {
+        if (!format) return false;
+        const bool little = *format == '<' || *format == '=' || *format == '@';  // as all machines are that run this
+        return std::strcmp(format + little, "f") == 0;
+    }
+
+    Py_buffer view_{};
+};
+
 Array<float> floats(const py::handle& value, const char* name) {
     Array<float> array = Array<float>::ensure(value);
     if (!array) {
@@ -43,23 +78,78 @@ Array<float> floats(const py::handle& value, const char* name) {
     return array;
 }
 
-void expect_shape(const Array<float>& array, const std::vector<py::ssize_t>& shape, const char* name) {
-    const std::vector<py::ssize_t> got(array.shape(), array.shape() + array.ndim());
+void expect_shape(const std::vector<py::ssize_t>& got, const std::vector<py::ssize_t>& shape, const char* name) {
     if (got != shape)
         throw py::value_error(std::string("expected ") + name + " of shape " + shape_text(shape) + ", got " +
                               shape_text(got));
 }
 
+void expect_shape(const Array<float>& array, const std::vector<py::ssize_t>& shape, const char* name) {
+    expect_shape(std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()), shape, name);
+}
+
+/// What a call is fed: an array or buffer as it lies, or a copy. NumPy is imported for what is no buffer alone; of its
+/// own arrays it makes views in less time than the buffer protocol takes.
+class Input {
+public:
+    Input(const py::object& value, const char* name) : name_(name) {
+        if (std::strcmp(Py_TYPE(value.ptr())->tp_name, "numpy.ndarray") != 0 && PyObject_CheckBuffer(value.ptr()))
+            buffer_.emplace(value, PyBUF_SIMPLE);
+        if (!buffer_ || !*buffer_) array_ = floats(value, name);
+        shape_ =
+            array_ ? std::vector<py::ssize_t>(array_->shape(), array_->shape() + array_->ndim()) : buffer_->shape();
+    }
+
+    const float* data() const { return array_ ? array_->data() : buffer_->data(); }
+    const std::vector<py::ssize_t>& shape() const { return shape_; }
+    void expect(const std::vector<py::ssize_t>& shape) const { expect_shape(shape_, shape, name_); }
+
+private:
+    const char* name_;
+    std::optional<Buffer> buffer_;
+    std::optional<Array<float>> array_;
+    std::vector<py::ssize_t> shape_;
+};
+
+/// Where a call answers: a new array, or the caller's buffer.
+class Output {
+public:
+    Output(const py::object& out, const std::vector<py::ssize_t>& shape) {
+        if (out.is_none()) {
+            Array<float> made(shape);
+            data_ = made.mutable_data();
+            object_ = std::move(made);
+            return;
+        }
+        buffer_.emplace(out, PyBUF_WRITABLE);
+        if (!*buffer_)
+            throw py::type_error("expected out as a writable, C-contiguous buffer of float32, got " +
+                                 py::str(py::type::of(out)).cast<std::string>() +
+                                 ": pass a NumPy array of that kind, or leave it out");
+        expect_shape(buffer_->shape(), shape, "out");
+        data_ = buffer_->data();
+        object_ = out;
+    }
+
+    float* data() const { return data_; }
+    py::object object() const { return object_; }
+
+private:
+    std::optional<Buffer> buffer_;
+    float* data_ = nullptr;
+    py::object object_;
+};
+
 class Model {
 public:
-    static std::shared_ptr<Model> from_file(const std::string& path) {
+    static std::shared_ptr<Model> from_file(const std::string& path, bool allow_nonfinite) {
         cellstep_model* model = nullptr;
         cellstep_status status = CELLSTEP_OK;
         int error = 0;
         {
             py::gil_scoped_release release;  // a pipe may be written by another thread of this process
             errno = 0;
-            status = cellstep_model_load_file(path.c_str(), &model);
+            status = cellstep_model_map_file(path.c_str(), options(allow_nonfinite), &model);
             error = errno;
         }
         if (status == CELLSTEP_ERROR_FILE) {
@@ -67,16 +157,21 @@ public:
             PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
             throw py::error_already_set();
         }
-        return adopt(status, model, "'" + path + "'");
+        return adopt(status, model, nullptr, "'" + path + "'");
     }
 
-    static std::shared_ptr<Model> from_bytes(const py::bytes& data) {
+    static std::shared_ptr<Model> from_bytes(const py::bytes& data, bool allow_nonfinite) {
         char* bytes = nullptr;
         py::ssize_t size = 0;
         if (PyBytes_AsStringAndSize(data.ptr(), &bytes, &size) != 0) throw py::error_already_set();
+        const std::size_t count = static_cast<std::size_t>(size);
+        Block block(static_cast<unsigned char*>(::operator new(CELLSTEP_MODEL_BYTES + count, alignment)));
+        std::memcpy(block.get() + CELLSTEP_MODEL_BYTES, bytes, count);
         cellstep_model* model = nullptr;
-        const cellstep_status status = cellstep_model_load_memory(bytes, static_cast<std::size_t>(size), &model);
-        return adopt(status, model, "the bytes given");
+        const cellstep_status status =
+            cellstep_model_init(block.get(), CELLSTEP_MODEL_BYTES, block.get() + CELLSTEP_MODEL_BYTES, count,
+                                options(allow_nonfinite), &model);
+        return adopt(status, model, std::move(block), "the bytes given");
     }
 
     Model(const Model&) = delete;
@@ -93,25 +188,90 @@ public:
     cellstep_model_info info{};
 
 private:
-    explicit Model(cellstep_model* model) : handle(model) { cellstep_model_get_info(handle, &info); }
+    /// Where the weights begin at a cache line.
+    static constexpr std::align_val_t alignment{64};
+    struct Release {
+        void operator()(unsigned char* memory) const { ::operator delete(memory, alignment); }
+    };
+    using Block = std::unique_ptr<unsigned char[], Release>;
 
-    static std::shared_ptr<Model> adopt(cellstep_status status, cellstep_model* model, const std::string& what) {
+    Model(cellstep_model* model, Block block) : handle(model), block_(std::move(block)) {
+        cellstep_model_get_info(handle, &info);
+    }
+
+    static unsigned options(bool allow_nonfinite) { return allow_nonfinite ? CELLSTEP_ALLOW_NONFINITE : 0; }
+
+    static std::shared_ptr<Model> adopt(cellstep_status status, cellstep_model* model, Block block,
+                                        const std::string& what) {
         if (status == CELLSTEP_ERROR_MEMORY) throw std::bad_alloc();
         if (status != CELLSTEP_OK) throw ModelError("cannot load " + what + ": " + cellstep_status_text(status));
-        return std::shared_ptr<Model>(new Model(model));
+        return std::shared_ptr<Model>(new Model(model, std::move(block)));
     }
+
+    Block block_;  // the handle and a copy of the bytes, unless the library has them
 };
+
+/// Taken by each call, so that two threads in one session are told so.
+class Turn {
+public:
+    Turn(std::atomic<bool>& taken, const char* what) : taken_(taken) {
+        if (taken_.exchange(true))
+            throw std::runtime_error(std::string("this ") + what +
+                                     " is in a call on another thread: expected one for each thread, which may share "
+                                     "the model");
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() { taken_.store(false); }
+
+private:
+    std::atomic<bool>& taken_;
+};
+
+/// Threads of a session's or pool's own, or null for one thread.
+std::unique_ptr<Threads, Threads::Release> make_threads(py::ssize_t threads) {
+    constexpr py::ssize_t most = 1024;
+    if (threads < 1 || threads > most)
+        throw py::value_error("expected threads from 1 to " + std::to_string(most) + ", got " +
+                              std::to_string(threads));
+    return std::unique_ptr<Threads, Threads::Release>(threads > 1 ? new Threads(static_cast<std::size_t>(threads))
+                                                                  : nullptr);
+}
+
+/// Flags that a state is to be reset, one for each of `count` steps or streams.
+Array<bool> flags(const py::object& value, py::ssize_t count, const char* of_what) {
+    Array<bool> mask = Array<bool>::ensure(value);
+    if (!mask || mask.ndim() != 1 || mask.shape(0) != count) {
+        PyErr_Clear();
+        throw py::value_error("expected reset with one flag for each of the " + std::to_string(count) + " " + of_what);
+    }
+    return mask;
+}
+
+const unsigned char* bytes_of(const Array<bool>& mask) { return reinterpret_cast<const unsigned char*>(mask.data()); }
+
+/// Shapes of a stream's state.
+std::vector<py::ssize_t> h_shape(const Model& model) { return {model.info.num_layers, model.info.h_size}; }
+std::vector<py::ssize_t> c_shape(const Model& model) { return {model.info.num_layers, model.info.hidden_size}; }
+
+/// h and c as arrays of the right shapes.
+std::pair<Array<float>, Array<float>> checked_state(const Model& model,
+                                                    const std::pair<py::object, py::object>& state) {
+    Array<float> h = floats(state.first, "h");
+    Array<float> c = floats(state.second, "c");
+    expect_shape(h, h_shape(model), "h");
+    expect_shape(c, c_shape(model), "c");
+    return {h, c};
+}
 
 class Session {
 public:
-    Session(std::shared_ptr<Model> shared, py::ssize_t threads) : model(std::move(shared)) {
-        if (threads < 1 || threads > most_threads)
-            throw py::value_error("expected threads from 1 to " + std::to_string(most_threads) + ", got " +
-                                  std::to_string(threads));
-        if (threads > 1) pool_.reset(new Pool(static_cast<std::size_t>(threads)));
+    Session(std::shared_ptr<Model> shared, py::ssize_t threads)
+        : model(std::move(shared)), threads_(make_threads(threads)) {
         if (cellstep_session_create(model->handle, &handle_) != CELLSTEP_OK) throw std::bad_alloc();
         const cellstep_status status =
-            pool_ ? cellstep_session_set_parallel(handle_, pool_->threads(), pool_.get(), &Pool::run) : CELLSTEP_OK;
+            threads_ ? cellstep_session_set_parallel(handle_, threads_->threads(), threads_.get(), &Threads::run)
+                     : CELLSTEP_OK;
         if (status == CELLSTEP_OK) return;
         cellstep_session_destroy(handle_);
         throw std::bad_alloc();
@@ -120,32 +280,30 @@ public:
     Session& operator=(const Session&) = delete;
     ~Session() { cellstep_session_destroy(handle_); }
 
-    py::array step(const py::object& value) {
-        const Array<float> x = floats(value, "x");
-        expect_shape(x, {inputs()}, "x");
-        return call(x, 1, {outputs()}, cellstep_session_run);
+    py::object step(const py::object& value, const py::object& out) {
+        const Input x(value, "x");
+        x.expect({inputs()});
+        return call(x, 1, {out, {outputs()}}, cellstep_session_run);
     }
 
-    py::array run(const py::object& value, const std::optional<py::object>& reset) {
-        const Array<float> x = sequence(value);
-        if (!reset) return call(x, x.shape(0), {x.shape(0), outputs()}, cellstep_session_run);
-        const Array<bool> mask = Array<bool>::ensure(*reset);
-        if (!mask || mask.ndim() != 1 || mask.shape(0) != x.shape(0)) {
-            PyErr_Clear();
-            throw py::value_error("expected reset with one flag for each of the " + std::to_string(x.shape(0)) +
-                                  " steps");
-        }
-        const auto* flags = reinterpret_cast<const unsigned char*>(mask.data());
-        return call(x, x.shape(0), {x.shape(0), outputs()},
-                    [flags](cellstep_session* session, const float* source, std::size_t steps, float* target) {
-                        return cellstep_session_run_reset(session, source, flags, steps, target);
+    py::object run(const py::object& value, const std::optional<py::object>& reset, const py::object& out) {
+        const Input x(value, "x");
+        expect_sequence(x);
+        const py::ssize_t count = x.shape()[0];
+        if (!reset) return call(x, count, {out, {count, outputs()}}, cellstep_session_run);
+        const Array<bool> mask = flags(*reset, count, "steps");
+        const unsigned char* bytes = bytes_of(mask);
+        return call(x, count, {out, {count, outputs()}},
+                    [bytes](cellstep_session* session, const float* source, std::size_t steps, float* target) {
+                        return cellstep_session_run_reset(session, source, bytes, steps, target);
                     });
     }
 
-    py::array forecast(const py::object& value) {
-        const Array<float> x = sequence(value);
-        if (x.shape(0) == 0) throw py::value_error("expected x with at least one step, got none");
-        return call(x, x.shape(0), {outputs()}, cellstep_session_forecast);
+    py::object forecast(const py::object& value, const py::object& out) {
+        const Input x(value, "x");
+        expect_sequence(x);
+        if (x.shape()[0] == 0) throw py::value_error("expected x with at least one step, got none");
+        return call(x, x.shape()[0], {out, {outputs()}}, cellstep_session_forecast);
     }
 
     void start_slide(py::ssize_t window) {
@@ -156,77 +314,153 @@ public:
         if (window == 0)
             throw py::value_error(
                 "expected the steps of the window, as the model names none: call start_slide(T) first");
+        const Turn turn(taken_, "session");
         if (cellstep_session_slide_begin(handle_, static_cast<std::size_t>(window)) != CELLSTEP_OK)
             throw std::bad_alloc();
         sliding_ = true;
     }
 
-    py::object slide(const py::object& value) {
-        const Array<float> x = floats(value, "x");
-        expect_shape(x, {inputs()}, "x");
+    py::object slide(const py::object& value, const py::object& out) {
+        const Input x(value, "x");
+        x.expect({inputs()});
         if (!sliding_) start_slide(0);
         bool pending = false;
-        py::array y = call(x, 1, {outputs()},
-                           [&pending](cellstep_session* session, const float* source, std::size_t, float* target) {
-                               const cellstep_status status = cellstep_session_slide(session, source, target);
-                               pending = status == CELLSTEP_PENDING;
-                               return status;
-                           });
-        if (pending) return py::none();
-        return std::move(y);
+        py::object y = call(x, 1, {out, {outputs()}},
+                            [&pending](cellstep_session* session, const float* source, std::size_t, float* target) {
+                                const cellstep_status status = cellstep_session_slide(session, source, target);
+                                pending = status == CELLSTEP_PENDING;
+                                return status;
+                            });
+        return pending ? py::none() : y;
     }
 
-    void reset() { cellstep_session_reset(handle_); }
+    void reset() {
+        const Turn turn(taken_, "session");
+        cellstep_session_reset(handle_);
+    }
 
-    std::pair<py::array, py::array> state() const {
-        Array<float> h(h_shape());
-        Array<float> c(c_shape());
+    void swap(const std::shared_ptr<Model>& other) {
+        const Turn turn(taken_, "session");
+        const cellstep_status status = cellstep_session_swap_model(handle_, other->handle);
+        if (status != CELLSTEP_OK) throw py::value_error(cellstep_status_text(status));
+        model = other;
+    }
+
+    std::pair<py::array, py::array> state() {
+        const Turn turn(taken_, "session");
+        Array<float> h(h_shape(*model));
+        Array<float> c(c_shape(*model));
         cellstep_session_get_state(handle_, h.mutable_data(), c.mutable_data());
         return {h, c};
     }
 
     void set_state(const std::pair<py::object, py::object>& state) {
-        const Array<float> h = floats(state.first, "h");
-        const Array<float> c = floats(state.second, "c");
-        expect_shape(h, h_shape(), "h");
-        expect_shape(c, c_shape(), "c");
+        const auto [h, c] = checked_state(*model, state);
+        const Turn turn(taken_, "session");
         cellstep_session_set_state(handle_, h.data(), c.data());
     }
 
     std::shared_ptr<Model> model;
 
 private:
-    static constexpr py::ssize_t most_threads = 1024;
     static constexpr py::ssize_t most_window = 1 << 24;
 
     py::ssize_t inputs() const { return model->info.input_size; }
     py::ssize_t outputs() const { return model->info.output_size; }
-    std::vector<py::ssize_t> h_shape() const { return {model->info.num_layers, model->info.h_size}; }
-    std::vector<py::ssize_t> c_shape() const { return {model->info.num_layers, model->info.hidden_size}; }
 
-    Array<float> sequence(const py::object& value) const {
-        Array<float> x = floats(value, "x");
-        expect_shape(x, {x.ndim() > 0 ? x.shape(0) : 1, inputs()}, "x");
-        return x;
-    }
+    void expect_sequence(const Input& x) const { x.expect({x.shape().empty() ? 1 : x.shape()[0], inputs()}); }
 
     template <class Function>
-    py::array call(const Array<float>& x, py::ssize_t steps, const std::vector<py::ssize_t>& shape, Function function) {
-        Array<float> y(shape);
+    py::object call(const Input& x, py::ssize_t steps, const Output& y, Function function) {
         const float* source = x.data();
-        float* target = y.mutable_data();
+        float* target = y.data();
         cellstep_status status = CELLSTEP_OK;
         {
+            const Turn turn(taken_, "session");
             py::gil_scoped_release release;
             status = function(handle_, source, static_cast<std::size_t>(steps), target);
         }
         if (status == CELLSTEP_ERROR_MEMORY) throw std::bad_alloc();
-        return y;
+        return y.object();
     }
 
-    std::unique_ptr<Pool, Pool::Release> pool_;  // outlives the session, which is destroyed before it
+    std::unique_ptr<Threads, Threads::Release> threads_;  // outlive the session, which is destroyed before them
     cellstep_session* handle_ = nullptr;
+    std::atomic<bool> taken_{false};
     bool sliding_ = false;
+};
+
+class Pool {
+public:
+    Pool(std::shared_ptr<Model> shared, py::ssize_t streams, py::ssize_t threads)
+        : model(std::move(shared)), streams(streams), threads_(make_threads(threads)) {
+        if (streams < 1 || streams > most_streams)
+            throw py::value_error("expected streams from 1 to " + std::to_string(most_streams) + ", got " +
+                                  std::to_string(streams));
+        const cellstep_status status = cellstep_pool_create(model->handle, static_cast<std::size_t>(streams), &handle_);
+        if (status == CELLSTEP_ERROR_BIDIRECTIONAL) throw py::value_error(cellstep_status_text(status));
+        if (status != CELLSTEP_OK) throw std::bad_alloc();
+        if (!threads_) return;
+        if (cellstep_pool_set_parallel(handle_, threads_->threads(), threads_.get(), &Threads::run) == CELLSTEP_OK)
+            return;
+        cellstep_pool_destroy(handle_);
+        throw std::bad_alloc();
+    }
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+    ~Pool() { cellstep_pool_destroy(handle_); }
+
+    py::object step(const py::object& value, const std::optional<py::object>& reset, const py::object& out) {
+        const Input x(value, "x");
+        x.expect({streams, model->info.input_size});
+        const Array<bool> mask = reset ? flags(*reset, streams, "streams") : Array<bool>();
+        const unsigned char* bytes = reset ? bytes_of(mask) : nullptr;
+        const Output y(out, {streams, model->info.output_size});
+        const float* source = x.data();
+        float* target = y.data();
+        {
+            const Turn turn(taken_, "pool");
+            py::gil_scoped_release release;
+            cellstep_pool_step(handle_, source, bytes, target);
+        }
+        return y.object();
+    }
+
+    void reset() {
+        const Turn turn(taken_, "pool");
+        cellstep_pool_reset(handle_);
+    }
+
+    std::pair<py::array, py::array> state(py::ssize_t stream) {
+        const Turn turn(taken_, "pool");
+        Array<float> h(h_shape(*model));
+        Array<float> c(c_shape(*model));
+        cellstep_pool_get_state(handle_, place(stream), h.mutable_data(), c.mutable_data());
+        return {h, c};
+    }
+
+    void set_state(py::ssize_t stream, const std::pair<py::object, py::object>& state) {
+        const auto [h, c] = checked_state(*model, state);
+        const Turn turn(taken_, "pool");
+        cellstep_pool_set_state(handle_, place(stream), h.data(), c.data());
+    }
+
+    const std::shared_ptr<Model> model;
+    const py::ssize_t streams;
+
+private:
+    static constexpr py::ssize_t most_streams = 1 << 24;
+
+    std::size_t place(py::ssize_t stream) const {
+        if (stream < 0 || stream >= streams)
+            throw py::index_error("expected a stream from 0 to " + std::to_string(streams - 1) + ", got " +
+                                  std::to_string(stream));
+        return static_cast<std::size_t>(stream);
+    }
+
+    std::unique_ptr<Threads, Threads::Release> threads_;  // outlive the pool, which is destroyed before them
+    cellstep_pool* handle_ = nullptr;
+    std::atomic<bool> taken_{false};
 };
 
 template <class T>
@@ -289,8 +523,8 @@ PYBIND11_MODULE(_runtime, module) {
     module.def("instruction_set", &cellstep_instruction_set);
 
     py::class_<Model, std::shared_ptr<Model>>(module, "Model")
-        .def_static("from_file", &Model::from_file)
-        .def_static("from_bytes", &Model::from_bytes)
+        .def_static("from_file", &Model::from_file, py::arg("path"), py::arg("allow_nonfinite") = false)
+        .def_static("from_bytes", &Model::from_bytes, py::arg("data"), py::arg("allow_nonfinite") = false)
         .def_property_readonly("input_size", [](const Model& model) { return model.info.input_size; })
         .def_property_readonly("output_size", [](const Model& model) { return model.info.output_size; })
         .def_property_readonly("num_layers", [](const Model& model) { return model.info.num_layers; })
@@ -314,13 +548,24 @@ PYBIND11_MODULE(_runtime, module) {
     py::class_<Session>(module, "Session")
         .def(py::init<std::shared_ptr<Model>, py::ssize_t>(), py::arg("model"), py::arg("threads") = 1)
         .def_readonly("model", &Session::model)
-        .def("step", &Session::step)
-        .def("run", &Session::run, py::arg("x"), py::arg("reset") = py::none())
-        .def("forecast", &Session::forecast)
+        .def("step", &Session::step, py::arg("x"), py::arg("out") = py::none())
+        .def("run", &Session::run, py::arg("x"), py::arg("reset") = py::none(), py::arg("out") = py::none())
+        .def("forecast", &Session::forecast, py::arg("x"), py::arg("out") = py::none())
         .def("start_slide", &Session::start_slide)
-        .def("slide", &Session::slide)
+        .def("slide", &Session::slide, py::arg("x"), py::arg("out") = py::none())
         .def("reset", &Session::reset)
+        .def("swap", &Session::swap)
         .def_property("state", &Session::state, &Session::set_state);
+
+    py::class_<Pool>(module, "Pool")
+        .def(py::init<std::shared_ptr<Model>, py::ssize_t, py::ssize_t>(), py::arg("model"), py::arg("streams"),
+             py::arg("threads") = 1)
+        .def_readonly("model", &Pool::model)
+        .def_readonly("streams", &Pool::streams)
+        .def("step", &Pool::step, py::arg("x"), py::arg("reset") = py::none(), py::arg("out") = py::none())
+        .def("reset", &Pool::reset)
+        .def("state", &Pool::state)
+        .def("set_state", &Pool::set_state);
 
     bind_packing<float>(module);
     bind_packing<double>(module);

@@ -40,7 +40,8 @@ struct Slide {
     float* slots;        ///< (2 window, size): each step twice, a window apart, so that wherever the newest lies the
                          ///< last `window` steps lie one behind the other
     float* state;        ///< h, then c
-    void* block;         ///< of the heap, or null
+    void* block;         ///< of the heap, or null; kept while a window lies in the caller's memory
+    std::size_t block_size;
 };
 
 }  // namespace runtime
@@ -49,7 +50,6 @@ struct Slide {
 struct cellstep_session {
     const cellstep_model* model;
     float* state;    ///< h, then c
-    float* initial;  ///< the same of a fresh stream
     float* answers;  ///< (answer_steps, output_size): of the steps that a self-test makes at once
     std::size_t answer_steps;
     cellstep::runtime::Work work;
@@ -60,8 +60,7 @@ struct cellstep_session {
 struct cellstep_pool {
     const cellstep_model* model;
     std::size_t streams;
-    float* state;    ///< h (state_layers, streams, h_size), then c (state_layers, streams, c_size)
-    float* initial;  ///< h, then c of one fresh stream
+    float* state;  ///< h (state_layers, streams, h_size), then c (state_layers, streams, c_size)
     cellstep::runtime::Work work;
     bool on_heap;
 };
@@ -112,14 +111,14 @@ private:
 /// Whether a caller's memory will do for `required` bytes, which are 0 if there is no such thing.
 cellstep_status memory_fits(const void* memory, std::size_t memory_size, std::size_t required);
 
-std::size_t h_count(const cellstep_model* model);
-std::size_t c_count(const cellstep_model* model);
+std::size_t h_count(const cellstep_model* model) CELLSTEP_NONBLOCKING;
+std::size_t c_count(const cellstep_model* model) CELLSTEP_NONBLOCKING;
 inline std::size_t state_count(const cellstep_model* model) { return h_count(model) + c_count(model); }
 
 /// Cuts the parts of `work`, which knows its steps, rows and threads.
 void place(Parts& parts, const core::Image& image, Work& work);
 /// Writes the plan of a work whose parts are there.
-void make_plan(const core::Image& image, Work& work);
+void make_plan(const core::Image& image, Work& work) CELLSTEP_NONBLOCKING;
 
 /// Steps that a call of a session passes through its layers at once where the caller does not say.
 std::size_t own_steps(const core::Image& image);

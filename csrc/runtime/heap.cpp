@@ -213,11 +213,14 @@ cellstep_status cellstep_session_slide_begin(cellstep_session* session, size_t w
     if (steps == 0) return CELLSTEP_ERROR_ARGUMENT;
     void* const before = session->slide.block;
     const std::size_t bytes = cellstep_slide_memory_required(session->model, steps);
-    void* block = before && session->slide.window == steps ? before : bytes ? allocate(bytes) : nullptr;
+    void* block = before && session->slide.block_size == bytes ? before : bytes ? allocate(bytes) : nullptr;
     if (!block) return CELLSTEP_ERROR_MEMORY;
     const cellstep_status status = cellstep_session_slide_init(session, steps, block, bytes);
     void* const unused = status == CELLSTEP_OK ? before : block;
-    if (status == CELLSTEP_OK) session->slide.block = block;
+    if (status == CELLSTEP_OK) {
+        session->slide.block = block;
+        session->slide.block_size = bytes;
+    }
     if (unused != session->slide.block) release(unused);
     return status;
 }

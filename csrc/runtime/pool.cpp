@@ -20,7 +20,6 @@ void place(Parts& parts, const cellstep_model* model, std::size_t streams, cells
     pool.work.steps = 1;
     pool.work.batch = streams;
     pool.state = parts.values(std::uint64_t{streams} * state_count(model));
-    pool.initial = parts.values(state_count(model));
     cellstep::runtime::place(parts, model->image, pool.work);
 }
 
@@ -72,7 +71,6 @@ cellstep_status cellstep_pool_init(const cellstep_model* model, size_t streams, 
     cellstep_pool* made = new (parts.take(sizeof(cellstep_pool))) cellstep_pool{};
     place(parts, model, streams, *made);
     cellstep::runtime::make_plan(model->image, made->work);
-    cellstep::core::initial_state<float>(model->image, 1, made->initial, made->initial + h_count(model));
     cellstep_pool_reset(made);
     *pool = made;
     return CELLSTEP_OK;
@@ -103,8 +101,8 @@ cellstep_status cellstep_pool_step(cellstep_pool* pool, const float* x, const un
 
 cellstep_status cellstep_pool_reset(cellstep_pool* pool) {
     if (!pool) return CELLSTEP_ERROR_ARGUMENT;
-    for (std::size_t stream = 0; stream < pool->streams; ++stream)
-        set_stream(pool, stream, pool->initial, pool->initial + h_count(pool->model));
+    cellstep::core::initial_state<float>(pool->model->image, pool->streams, pool->state,
+                                         pool->state + pool->streams * h_count(pool->model));
     return CELLSTEP_OK;
 }
 

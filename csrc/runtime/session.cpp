@@ -52,7 +52,6 @@ void place(Parts& parts, const cellstep_model* model, std::size_t steps, cellste
     session.work.steps = steps ? steps : cellstep::runtime::own_steps(image);
     session.work.batch = 1;
     session.state = parts.values(state_count(model));
-    session.initial = parts.values(state_count(model));
     session.answer_steps = is_bidirectional(image) ? cellstep::runtime::test_steps(image) : 1;
     session.answers = parts.values(std::uint64_t{session.answer_steps} * image.header().output_size);
     cellstep::runtime::place(parts, image, session.work);
@@ -67,11 +66,13 @@ void place(Parts& parts, const cellstep_model* model, std::size_t window, Slide&
     slide.state = parts.values(state_count(model));
 }
 
-cellstep_status reserve(cellstep_session* session, std::size_t steps) {
+cellstep_status reserve(cellstep_session* session, std::size_t steps) CELLSTEP_NONBLOCKING {
     const Image& image = session->model->image;
     if (steps <= session->work.steps || !is_bidirectional(image)) return CELLSTEP_OK;
 #if !defined(CELLSTEP_NO_HEAP)
-    if (session->on_heap) return cellstep::runtime::remake(image, session->work, steps, session->work.parallel);
+    CELLSTEP_UNCHECKED_BEGIN  // the one call that allocates, as its declaration says
+        if (session->on_heap) return cellstep::runtime::remake(image, session->work, steps, session->work.parallel);
+    CELLSTEP_UNCHECKED_END
 #endif
     return CELLSTEP_ERROR_STEPS;
 }
@@ -105,6 +106,11 @@ Answers window_answers(const cellstep_model* model) {
 }
 
 void copy(float* to, const float* from, std::size_t count) { std::memcpy(to, from, count * sizeof(float)); }
+
+/// Writes the initial state, h, then c. It is not kept: memory is dearer than a look into the file.
+void make_fresh(const cellstep_model* model, float* state) {
+    cellstep::core::initial_state<float>(model->image, 1, state, state + h_count(model));
+}
 
 void begin_anew(Slide& slide) {
     slide.seen = 0;
@@ -187,7 +193,6 @@ cellstep_status cellstep_session_init_for(const cellstep_model* model, size_t st
     cellstep_session* made = new (parts.take(sizeof(cellstep_session))) cellstep_session{};
     place(parts, model, steps, *made);
     cellstep::runtime::make_plan(model->image, made->work);
-    cellstep::core::initial_state<float>(model->image, 1, made->initial, made->initial + h_count(model));
     cellstep_session_reset(made);
     *session = made;
     return CELLSTEP_OK;
@@ -246,7 +251,7 @@ cellstep_status cellstep_session_slide(cellstep_session* session, const float* x
     copy(slot + slide.window * slide.size, slot, slide.size);
     slide.next = slide.next + 1 < slide.window ? slide.next + 1 : 0;
     if (slide.seen < slide.window && ++slide.seen < slide.window) return CELLSTEP_PENDING;
-    copy(slide.state, session->initial, state_count(model));
+    make_fresh(model, slide.state);
     cellstep::core::run_model<float>(plan,
                                      {slide.window,
                                       1,
@@ -267,7 +272,7 @@ cellstep_status cellstep_session_slide(cellstep_session* session, const float* x
 
 cellstep_status cellstep_session_reset(cellstep_session* session) {
     if (!session) return CELLSTEP_ERROR_ARGUMENT;
-    copy(session->state, session->initial, state_count(session->model));
+    make_fresh(session->model, session->state);
     return CELLSTEP_OK;
 }
 
@@ -290,7 +295,6 @@ cellstep_status cellstep_session_swap_model(cellstep_session* session, const cel
     if (!same_shape(session->model->image, model->image)) return CELLSTEP_ERROR_SHAPE;
     session->model = model;
     cellstep::runtime::make_plan(model->image, session->work);
-    cellstep::core::initial_state<float>(model->image, 1, session->initial, session->initial + h_count(model));
     begin_anew(session->slide);
     return CELLSTEP_OK;
 }

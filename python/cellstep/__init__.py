@@ -1,13 +1,13 @@
 """cellstep: one LSTM, everywhere it has to run.
 
-The names below are loaded when they are first used, so that ``import cellstep.runtime`` never imports torch.
+The names below are loaded when they are first used, so that ``import cellstep.runtime`` imports neither torch nor
+anything else that takes longer than the runtime itself.
 """
 
+import os
 from importlib import import_module
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers know it, without the module typing
 if TYPE_CHECKING:
     from cellstep import convert, nn, ops, runtime
     from cellstep.artifact import load
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from cellstep.quantization import quantize
     from cellstep.verification import verify
 
-__version__ = version("cellstep")
+    __version__: str
 
 #: Give this to CMake as CMAKE_PREFIX_PATH, and ``find_package(cellstep)`` finds the headers and libraries.
-cmake_prefix_path = str(Path(__file__).parent)
+cmake_prefix_path = os.path.dirname(os.path.abspath(__file__))
 
 __all__ = [
     "cmake_prefix_path",
@@ -44,7 +44,9 @@ _FUNCTIONS = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("cellstep")
     if name in _FUNCTIONS:
         return getattr(import_module(_FUNCTIONS[name]), name)
     if name in ("convert", "nn", "ops", "runtime"):

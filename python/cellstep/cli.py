@@ -167,6 +167,10 @@ def export(
     fast_activations: Annotated[
         bool, typer.Option(help="sigmoid and tanh to 1.6e-5 in less time, for .cellstep, .h and .pt.")
     ] = False,
+    settle: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="CSV whose rows a stream has behind it when it begins, for .cellstep, .h and .pt."),
+    ] = None,
 ) -> None:
     """Write a model as artifacts, by the suffix of each output."""
     import cellstep
@@ -178,22 +182,64 @@ def export(
             raise ValueError(f"expected outputs that end in {', '.join(SUFFIXES)}; got '{output}'; rename it")
     if calibration is not None and weights != "int8":
         raise ValueError(f"expected --calibration with --weights int8 alone; got {weights} weights; leave one out")
+    if settle is not None and (others := {output.suffix for output in outputs} - {".cellstep", ".h", ".pt"}):
+        raise ValueError(
+            f"expected outputs that end in .cellstep, .h or .pt with --settle; got {', '.join(sorted(others))}; export "
+            "those without it"
+        )
+    feature_names = loaded.feature_names
     if weights != "float32":
         from cellstep.verification import test_windows
 
         windows = None if calibration is None else test_windows(loaded, calibration)
         loaded = cellstep.quantize(loaded, weights, windows)
     names = {"input_names": input_names, "output_names": output_names}
-    fast = {"fast_activations": True} if fast_activations else {}
+    packed: dict[str, Any] = {"fast_activations": True} if fast_activations else {}
+    if settle is not None:
+        from cellstep.table import read_features
+
+        packed["settle"] = read_features(settle, feature_names, loaded.input_size)
     options: dict[str, dict[str, Any]] = {
-        ".cellstep": fast,
-        ".h": fast,
-        ".pt": {**fast, **({"standalone": True} if standalone else {})},
+        ".cellstep": packed,
+        ".h": packed,
+        ".pt": {**packed, **({"standalone": True} if standalone else {})},
         ".onnx": {key: value.split(",") for key, value in names.items() if value},
         ".pte": {"steps": steps, "batch_size": batch_size},
     }
     for output in outputs:
         cellstep.export(loaded, output, **options.get(output.suffix, {}))
+        print(f"{output}: {output.stat().st_size:,} bytes")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A model of RTNeural, AIDA-X, NeuralAmpModeler (.nam) or GuitarML.")],
+    outputs: Annotated[list[Path], typer.Argument(help="Files to write, as export writes them.")],
+    settle: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=0,
+            help="Samples of silence run first, so that .cellstep, .h and .pt start settled; default: what its "
+            "own player runs, half a second for .nam.",
+        ),
+    ] = None,
+    dense_activations: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of dense layers in RTNeural's PyTorch layout, in order, with commas: tanh,linear."),
+    ] = None,
+) -> None:
+    """Convert an amplifier or effect model, with the state that its player would begin with."""
+    import numpy as np
+
+    import cellstep
+    from cellstep.convert.audio import from_audio, prewarm_steps
+
+    model = from_audio(source, dense_activations=dense_activations.split(",") if dense_activations else None)
+    steps = prewarm_steps(source) if settle is None else settle
+    silence = np.zeros((steps, model.input_size), np.float32)
+    for output in outputs:
+        settled = {"settle": silence} if output.suffix in (".cellstep", ".h", ".pt") and steps else {}
+        cellstep.export(model, output, **settled)
         print(f"{output}: {output.stat().st_size:,} bytes")
 
 

@@ -3,6 +3,14 @@
 Importing this module is all that a saved TorchScript model needs in a Python process. A C++ program links
 ``cellstep::ops`` instead. Shapes below: T steps, N rows, I inputs, H hidden units, L layers, O outputs.
 
+``run_model(image, x, h, c, output_size, answers, lengths, reset) -> (y, h, c)`` runs a deploy file's bytes, a uint8
+``image``, on N streams at once: x (N, T, I), or (N, I) for one step; h and c as :class:`cellstep.nn.Chain` has them,
+or both None for the initial state; ``answers`` 0 for y (N, T, O), 1 for the last output and 2 for the one of the last
+hidden state, (N, O); ``lengths`` (N, int64) the steps of each row; ``reset`` (N, T, bool) the rows whose state is put
+to the initial one before the step. The state is given and returned, and no argument changes. Each row gets the numbers
+that it would get alone, to the bit, wherever the steps are cut into calls: N streams by this operator, in a
+:class:`cellstep.runtime.Pool` and in N sessions are the same.
+
 The library is built on torch's stable ABI, which knows no autograd: without the registrations below a backward pass
 would leave gradients ``None``. The gradient of each operator is an operator too; the gradient of that one
 (``create_graph=True``) runs on torch's own operators.

@@ -9,12 +9,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cellstep.exporters.torchscript import PackedChain
-from cellstep.exporters.weights import WEIGHTS
+from cellstep.exporters.weights import WEIGHTS, int8_error
 from cellstep.nn import LSTM, Chain
 
 Array = NDArray[Any]
 
 _BATCH = 64
+_STEPS_COMPARED = 256
 _MOST_INT8_VALUES = 1 << 17  # the sum of so many products of int8 stays below 2^31
 
 #: Largest difference from the float32 model, relative to the range of its outputs, that verify lets pass. The
@@ -33,13 +34,15 @@ def quantize(model: Chain, weights: str = "int8", calibration: ArrayLike | Tenso
 
     Args:
         weights: "bfloat16" and "float16" round each weight and halve the file. "int8" rounds each row of a matrix to
-            127 steps of its largest weight, and the inputs and hidden values of each step to 127 steps of the largest
-            of them, so that nothing is ever clipped. A layer with ``layer_norm`` blows small hidden values up, and
-            their rounding with them: see what :func:`cellstep.verify` makes of it.
+            127 steps of its largest weight, or of the matrix's where that is closer, and the inputs and hidden values
+            of each step to 127 steps of the largest of them, so that nothing is ever clipped. A layer with
+            ``layer_norm`` blows small hidden values up, and their rounding with them: see what
+            :func:`cellstep.verify` makes of it.
         calibration: (N, T, input_size) windows, in the units of the data, for "int8" alone: how large each input of
             each layer is, in the root of the mean square. An input is divided, and its weights are multiplied, by the
             square root of that size over its largest weight, which shares the rounding out between large and small
-            inputs. Without windows standard normal noise in the units of the model's scaling is run.
+            inputs; a layer whose products are closer without that goes without. Without windows standard normal noise
+            in the units of the model's scaling is run.
 
     Raises:
         TypeError: ``model`` is no chain.
@@ -95,13 +98,22 @@ def _factors(model: Chain, windows: Tensor | None) -> list[Array]:
             weights = [single.layer_parameters(0, bool(k))["weight_ih"] for k in range(1 + lstm.bidirectional)]
             largest = _positive(torch.cat(weights).abs().amax(0).double())
             size = _positive(y.double().square().mean((0, 1)).sqrt())
-            factors.append((largest / size).sqrt().float().numpy())
+            factors.append(_kept((largest / size).sqrt().float().numpy(), [w.numpy() for w in weights], y))
             parts = [single(part) for part in y.split(_BATCH)]
             h = torch.cat([part[0] for part in parts])
             y = h + y if lstm.residual and layer > 0 else h
             if single.return_cell_states:
                 y = torch.cat([y, torch.cat([part[2] for part in parts])], 2)
     return factors
+
+
+def _kept(factors: Array, weights: list[Array], y: Tensor) -> Array:
+    """The factors, or ones where the products of the weights with some of the steps are closer with those."""
+    steps = y.flatten(0, 1)
+    some = steps[:: max(1, len(steps) // _STEPS_COMPARED)].double().numpy()
+    ones = np.ones_like(factors)
+    with_factors, without = (sum(int8_error(w, each, some) for w in weights) for each in (factors, ones))
+    return ones if without < with_factors else factors
 
 
 def _positive(values: Tensor) -> Tensor:

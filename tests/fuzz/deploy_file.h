@@ -156,23 +156,23 @@ inline void fix_int8(Record& record) {
     const std::size_t units = record.fields[3];
     const std::size_t h = record.fields[4] ? record.fields[4] : units;
     if (units == 0 || units > 40 || inputs == 0 || inputs > 4096) return;
-    unsigned char* panel = record.data.data() + (inputs + 15) / 16 * 64;
-    const unsigned char* const end = record.data.data() + record.data.size();
+    unsigned char* const data = record.data.data();
+    std::size_t panel = (inputs + 15) / 16 * 64;
     for (std::size_t left = (units + 3) / 4 * 4; left > 0;) {
         const std::size_t width = left > 12 ? 16 : left > 4 ? 8 : 4;
         const std::size_t columns = 4 * width;
         const std::size_t groups[2] = {(inputs + 3) / 4, (h + 3) / 4};
-        unsigned char* weights = panel + 20 * columns;
+        std::size_t weights = panel + 20 * columns;
         for (int part = 0; part < 2; ++part) {
-            if (weights + 4 * groups[part] * columns > end) return;
+            if (weights + 4 * groups[part] * columns > record.data.size()) return;
             for (std::size_t column = 0; column < columns; ++column) {
                 std::int32_t sum = 0;
                 for (std::size_t at = 0; at < 4 * groups[part]; ++at) {
-                    unsigned char& weight = weights[4 * (at / 4 * columns + column) + at % 4];
+                    unsigned char& weight = data[weights + 4 * (at / 4 * columns + column) + at % 4];
                     if (weight == 0x80) weight = 0x81;
                     sum += static_cast<signed char>(weight);
                 }
-                put<std::int32_t>(panel + (part == 0 ? 12 : 16) * columns + 4 * column, -128 * sum);
+                put<std::int32_t>(data + panel + (part == 0 ? 12 : 16) * columns + 4 * column, -128 * sum);
             }
             weights += 4 * groups[part] * columns;
         }

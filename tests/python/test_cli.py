@@ -16,7 +16,7 @@ from cellstep.verification import verify
 
 def test_help_and_version():
     done = run_command("cellstep", "--help")
-    for command in ("train", "export", "run", "verify", "info"):
+    for command in ("train", "export", "convert", "run", "verify", "info"):
         assert command in done.stdout
     assert run_command("cellstep", "--version").stdout == f"cellstep {cellstep.__version__}\n"
 

@@ -1,4 +1,4 @@
-"""The engine for small targets gives the bits of the other one, whatever the model, and says what a build leaves out."""
+"""The engine for small targets has the bits of the other one, whatever the model, and says what a build leaves out."""
 
 import ctypes
 import subprocess
@@ -122,7 +122,9 @@ def series(size, steps=70):
 
 def sized(inputs, hidden, layers=1, **options):
     torch.manual_seed(hidden)
-    chain = Chain(LSTM(inputs, hidden, layers, batch_first=True, **options), Dense(hidden, 2, "sigmoid"), answers="last")
+    chain = Chain(
+        LSTM(inputs, hidden, layers, batch_first=True, **options), Dense(hidden, 2, "sigmoid"), answers="last"
+    )
     return chain.eval()
 
 
@@ -132,7 +134,9 @@ MODELS |= {f"quantization's {name}": variant for name, variant in VARIANTS.items
 MODELS |= {f"{units} units": lambda units=units: sized(3, units, 2) for units in (1, 4, 5, 8, 12, 13, 16, 17, 50)}
 MODELS |= {
     "answers hidden, one way": lambda: Chain(LSTM(3, 9, 2), Dense(9, 1, "softmax"), answers="hidden").eval(),
-    "answers hidden, both ways": lambda: Chain(LSTM(3, 9, 2, bidirectional=True), Dense(18, 1), answers="hidden").eval(),
+    "answers hidden, both ways": lambda: Chain(
+        LSTM(3, 9, 2, bidirectional=True), Dense(18, 1), answers="hidden"
+    ).eval(),
     "answers hidden, with cells": lambda: Chain(
         LSTM(3, 5, return_cell_states=True), Dense(10, 1), answers="hidden"
     ).eval(),
@@ -252,3 +256,23 @@ def test_the_smallest_build_runs_the_rest(name, small, tmp_path):
 def test_every_option_left_out_has_a_status_of_its_own(small, tmp_path):
     statuses = [small.refusal(exported(make(row), tmp_path, **options))[0] for row, (_, options) in LEFT_OUT.items()]
     assert len(set(statuses)) == len(LEFT_OUT)
+
+
+@pytest.mark.parametrize("row", ["plain", "layer_norm", "learn_initial_state", "a chain with all stages"])
+def test_a_pool_is_as_many_sessions(row, compact, tmp_path):
+    path = exported(make(row), tmp_path)
+    streams, steps = 3, 12
+    model = compact.load(path.read_bytes())
+    pool = ctypes.c_void_p()
+    assert compact.c.cellstep_pool_create(model, ctypes.c_size_t(streams), ctypes.byref(pool)) == OK
+    x = series(Session(path).input_size, steps * streams).reshape(steps, streams, -1)
+    flags = (np.random.default_rng(2).random((steps, streams)) < 0.3).astype(np.uint8)
+    sessions = [Session(path) for _ in range(streams)]
+    truth = np.stack([session.run(x[:, at], flags[:, at]) for at, session in enumerate(sessions)], axis=1)
+    found = np.full_like(truth, np.nan)
+    for step in range(steps):
+        pointers = [array[step].ctypes.data_as(ctypes.c_void_p) for array in (x, flags, found)]
+        assert compact.c.cellstep_pool_step(pool, *pointers) == OK
+    compact.c.cellstep_pool_destroy(pool)
+    compact.c.cellstep_model_destroy(model)
+    assert truth.tobytes() == found.tobytes()

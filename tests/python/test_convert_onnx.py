@@ -355,6 +355,70 @@ def test_a_node_that_cannot_be_taken(node, message):
         from_onnx(model, names=["lstm"])
 
 
+def quantized(sides=2, *, by_row=False, zeros=False, kind=np.int8):
+    """A DynamicQuantizeLSTM node with random weights, and the LSTM node with those that they stand for."""
+    rng = np.random.default_rng(0)
+    least, most = np.iinfo(kind).min, np.iinfo(kind).max
+    values, plain = {"B": make_weights(sides=sides)["B"]}, {"B": make_weights(sides=sides)["B"]}
+    for name, width in (("W", 3), ("R", 4)):
+        shape = (sides, 16) if by_row else (sides,)
+        values[name] = rng.integers(least, most, (sides, width, 16), endpoint=True).astype(kind)
+        values[f"{name}_scale"] = rng.uniform(0.002, 0.01, shape).astype(np.float32)
+        middle = 128 if kind is np.uint8 else 0
+        zero = rng.integers(middle - 20, middle + 20, shape) if zeros else np.full(shape, middle)
+        values[f"{name}_zero_point"] = zero.astype(kind)
+        columns = (sides, 1, -1)
+        whole = values[name].astype(np.float32) - zero.reshape(columns)
+        plain[name] = (whole * values[f"{name}_scale"].reshape(columns)).swapaxes(1, 2).astype(np.float32)
+    names = ["W", "R", "B", "", "", "", "", "W_scale", "W_zero_point", "R_scale", "R_zero_point"]
+    direction = "bidirectional" if sides == 2 else "forward"
+    model = make_model(values, names, direction=direction)
+    model.graph.node[0].op_type, model.graph.node[0].domain = "DynamicQuantizeLSTM", "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model, make_model(plain, direction=direction)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sides": 1, "by_row": True}, {"zeros": True}, {"by_row": True, "zeros": True, "kind": np.uint8}],
+    ids=str,
+)
+def test_a_quantized_node(options):
+    model, plain = quantized(**options)
+    (layer,), (expected,) = from_onnx(model).values(), from_onnx(plain).values()
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(layer.get_parameter(name), parameter, rtol=1e-6, atol=0)
+    compare(plain, layer)
+
+
+def test_a_quantized_node_is_what_onnxruntime_runs():
+    """But for the rounding of inputs and hidden values, to 8 bits between the least and the largest."""
+    model, _ = quantized()
+    (layer,) = from_onnx(model).values()
+    x = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(1))
+    y = torch.tensor(session(model).run(None, {"X": x.numpy()})[0]).transpose(1, 2).flatten(2)
+    assert (layer(x)[0] - y).abs().max() < 0.02
+
+
+def test_a_quantized_node_that_is_wrong():
+    for name, place, message in (
+        ("W_scale", 8, r"expected W_scale of shape \(2,\) or \(2, 16\); got none"),
+        ("R_zero_point", 11, r"expected R_zero_point of shape \(2,\) or \(2, 16\); got none"),
+    ):
+        model, _ = quantized()
+        assert model.graph.node[0].input[place] == name
+        model.graph.node[0].input[place] = ""
+        with pytest.raises(ValueError, match=message):
+            from_onnx(model)
+    model, plain = quantized()
+    by_name = {value.name: value for value in plain.graph.initializer}
+    for value in model.graph.initializer:
+        if value.name == "W":
+            value.CopyFrom(by_name["W"])
+    with pytest.raises(ValueError, match="expected W of 8 bits; got torch.float32"):
+        from_onnx(model)
+
+
 def test_different_activations_in_the_two_directions():
     model = make_model(
         make_weights(sides=2),
@@ -380,8 +444,8 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="expected a valid ONNX graph; got one that cannot be read"):
         from_onnx(damaged)
     contrib = make_model(make_weights())
-    contrib.graph.node[0].op_type, contrib.graph.node[0].domain = "DynamicQuantizeLSTM", "com.microsoft"
-    with pytest.raises(ValueError, match=r"expected the standard operator LSTM; got com.microsoft.DynamicQuantizeLSTM"):
+    contrib.graph.node[0].op_type, contrib.graph.node[0].domain = "FancyLSTM", "com.example"
+    with pytest.raises(ValueError, match=r"expected the standard operator LSTM; got com.example.FancyLSTM"):
         from_onnx(contrib)
 
 

@@ -190,3 +190,15 @@ def test_bytes_are_the_same_on_any_machine(tmp_path):
     data, path = export_both(make_forecaster(2, 3, 1), tmp_path)
     first = re.search(r"\{\s*(0x[0-9a-f]{8}), (0x[0-9a-f]{8})", path.read_text())
     assert struct.pack("<2I", int(first[1], 16), int(first[2], 16)) == b"CELLSTEP" == data[:8]
+
+
+def test_a_header_from_the_command_line(tmp_path):
+    model = make_forecaster(2, 3, 1)
+    cellstep.save(model, tmp_path / "m.safetensors")
+    program = "import sys; from cellstep.cli import main; sys.argv[0] = 'cellstep'; main()"
+    command = [sys.executable, "-c", program, "export", tmp_path / "m.safetensors", tmp_path / "m.h"]
+    done = subprocess.run([*map(str, command), "--fast-activations"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "m.h: " in done.stdout
+    cellstep.export(model, tmp_path / "m.cellstep", fast_activations=True)
+    assert read_header(tmp_path / "m.h") == (tmp_path / "m.cellstep").read_bytes()

@@ -10,12 +10,13 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import make_forecaster, random_steps, run_command, write_csv
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from test_artifacts import whole_chain, with_checksum
 
 import cellstep
@@ -68,9 +69,17 @@ def records(data, kind):
 
 
 def rounded_rows(weight):
-    scale = (np.abs(weight).max(1) / 127).astype(np.float32)
-    whole = np.rint(weight / np.where(scale > 0, scale, 1).astype(np.float64)[:, None])
-    return np.clip(whole, -127, 127).astype(np.int64), scale.astype(np.float64)
+    """To 127 steps of a row's largest weight, or of the matrix's where that is closer."""
+    rows = []
+    for row in weight:
+        choices = []
+        for largest in (np.abs(row).max(), np.abs(weight).max()):
+            scale = float(np.float32(largest / 127))
+            whole = np.clip(np.rint(row / (scale or 1)), -127, 127)
+            choices.append((np.sum((whole * scale - row) ** 2), scale, whole.astype(np.int64)))
+        rows.append(min(choices, key=lambda choice: choice[0])[1:])
+    scales, wholes = zip(*rows, strict=True)
+    return np.array(wholes), np.array(scales)
 
 
 def rounded_values(v):
@@ -106,7 +115,8 @@ def test_a_step_of_int8_is_the_formula(inputs, hidden, batch, size, seed):
     x[0] = 0
     p = {name: value.detach().double().numpy() for name, value in model.lstms[0].layer_parameters(0).items()}
     size_of_inputs = np.sqrt(np.mean(calibration**2, (0, 1)))
-    np.testing.assert_allclose(factors, np.sqrt(np.abs(p["weight_ih"]).max(0) / size_of_inputs), rtol=1e-5)
+    if not np.all(factors == 1):
+        np.testing.assert_allclose(factors, np.sqrt(np.abs(p["weight_ih"]).max(0) / size_of_inputs), rtol=1e-5)
     q_ih, scale_x = rounded_rows(p["weight_ih"] / factors.astype(np.float64))
     q_hh, scale_h = rounded_rows(p["weight_hh"])
     q_x, size_x = rounded_values(x * factors)
@@ -302,7 +312,7 @@ def errors(model, chain, x):
     return difference.square().mean().sqrt().item(), difference.abs().max().item(), c.abs().max().item()
 
 
-# Measured, of a mask from 0 to 1: 3.4e-4 and 8.7e-3; 4.3e-5 and 9.9e-4; 2.5e-3 and 7.7e-2. Bounds are twice that.
+# Measured, of a mask from 0 to 1: 3.4e-4 and 8.7e-3; 4.3e-5 and 9.9e-4; 2.6e-3 and 8.1e-2. Bounds are twice that.
 @pytest.mark.parametrize(
     ("weights", "rms", "largest"), [("bfloat16", 7e-4, 2e-2), ("float16", 1e-4, 2e-3), ("int8", 5e-3, 0.16)]
 )
@@ -327,11 +337,100 @@ def test_a_state_that_saturates_would_be_seen():
     ("weights", "rms", "largest"), [("bfloat16", 3e-3, 3e-2), ("float16", 3e-4, 3e-3), ("int8", 1.6e-2, 0.16)]
 )
 def test_voice_detection(weights, rms, largest):
-    """Measured, of hidden values within 1: 1.2e-3 and 1.2e-2; 1.4e-4 and 1.2e-3; 7.9e-3 and 7.7e-2."""
+    """Measured, of hidden values within 1: 1.2e-3 and 1.2e-2; 1.4e-4 and 1.2e-3; 6.4e-3 and 7.5e-2."""
     model, x = voice_detection()
     got_rms, got_largest, size = errors(model, cellstep.quantize(model, weights, x[:1]), x[1:])
     assert size > 5
     assert got_rms < rms and got_largest < largest
+
+
+SEEN = ["kubernetescluster", "theweatherinlondon", "spotifywrapped2024", "howtotrainyourdragon", "microsoftoffice365"]
+UNSEEN = [
+    "bestrestaurantsinparis",
+    "newyorktimescrossword",
+    "worldcup2026tickets",
+    "thequickbrownfoxjumps",
+    "nikeair90",
+]
+
+
+def word_splitter():
+    """dksplit's three layers, and onnxruntime's int8 run of them: what goes into each, and what the last one gives.
+
+    Arrays are (10, 16, width), of the first 16 letters of each text, those texts that are seen in calibration first.
+    """
+    graph = onnx.load(packaged("dksplit", "dksplit/models/dksplit-int8.onnx"))
+    layers = list(from_onnx(graph).values())
+    between = ["/lstm/Transpose_output_0", *(f"/lstm/Reshape{k}_output_0" for k in ("", "_1", "_2"))]
+    graph.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in between)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    codes = [[2 + letters.index(letter) for letter in (2 * text)[:16]] for text in SEEN + UNSEEN]
+    return layers, [torch.tensor(v).transpose(0, 1) for v in session.run(between, {"chars": np.array(codes)})]
+
+
+def root_mean_square(difference):
+    return difference.square().mean().sqrt().item()
+
+
+@torch.no_grad()
+def test_int8_is_as_close_to_float_as_the_runtime_it_was_quantized_for():
+    """Each of dksplit's layers on what onnxruntime feeds it, and all; the weights are 8 bits in the file and stay so.
+
+    Measured in words not seen: 3.2e-3, 1.8e-3, 1.4e-3 and 2.9e-3 for all; onnxruntime 3.7e-3, 1.8e-3, 1.6e-3 and
+    3.7e-3. How it forms products hangs on the processor; a tenth is left for that.
+    """
+    layers, values = word_splitter()
+    assert [(each.input_size, each.hidden_size) for each in layers] == [(384, 384), (768, 384), (768, 384)]
+    for lstms, x, theirs in [
+        *(([layer], *values[k : k + 2]) for k, layer in enumerate(layers)),
+        (layers, values[0], values[-1]),
+    ]:
+        model = Chain(*lstms, answers="every").eval()
+        ours = cellstep.quantize(model, "int8", x[: len(SEEN)])
+        reference = model.reference().double()
+        truth = reference.run(x.double(), reference.initial_state(len(x)))[0]
+        error, their_error = (
+            root_mean_square((y - truth)[len(SEEN) :]) for y in (ours.run(x, ours.initial_state(len(x)))[0], theirs)
+        )
+        assert 1e-3 < their_error < 5e-3
+        assert error < 1.1 * their_error
+
+
+@pytest.mark.parametrize("weights", ["float32", *NARROW])
+def test_cells_have_no_bound(weights, tmp_path):
+    """A counter: gates that are open and an input of one a step; c is the step, where other formats end at 8 or 128."""
+    lstm = LSTM(1, 5, batch_first=True).requires_grad_(False)
+    for parameter in lstm.parameters():
+        parameter.zero_()
+    lstm.bias_ih_l0.fill_(40.0)
+    model = Chain(lstm, answers="every").eval()
+    quantized = model if weights == "float32" else cellstep.quantize(model, weights)
+    _, (_, c) = quantized.run(torch.zeros(1, 1000, 1), model.initial_state(1))
+    assert torch.equal(c, torch.full((1, 1, 5), 1000.0))
+    cellstep.export(quantized, tmp_path / "counter.cellstep")
+    session = cellstep.runtime.Session(tmp_path / "counter.cellstep")
+    session.run(np.zeros((1000, 1), np.float32))
+    assert np.array_equal(session.state[1], np.full((1, 5), 1000.0))
+
+
+def test_fast_activations_on_these_models(tmp_path):
+    """Measured, of a mask or hidden values within 1: 2.1e-5 and 6.6e-4; 2.5e-5 and 3.0e-4. Exact ones: below 3e-6."""
+    for (model, x), rms, largest in (
+        ((noise_suppression(), frames(0)), 5e-5, 1.5e-3),
+        (voice_detection(), 5e-5, 6e-4),
+    ):
+        reference = model.reference().double()
+        with torch.no_grad():
+            truth = reference.run(x.double(), reference.initial_state(len(x)))[0].numpy()
+        differences = {}
+        for fast in (False, True):
+            path = tmp_path / f"{fast}.cellstep"
+            cellstep.export(model, path, fast_activations=fast)
+            differences[fast] = np.stack([Session(path).run(row) for row in x.numpy()]) - truth
+        assert np.abs(differences[False]).max() < 5e-6
+        assert 5e-6 < np.sqrt(np.square(differences[True]).mean()) < rms
+        assert np.abs(differences[True]).max() < largest
 
 
 def test_calibration_is_optional_and_helps_where_inputs_differ():

@@ -4,7 +4,7 @@ Everything copies, but for :func:`replace_lstm`, which shares the parameters. Wh
 another program is in eval mode; what comes from torch keeps its mode.
 """
 
-from cellstep.convert.audio import from_guitarml, from_nam, from_rtneural
+from cellstep.convert.audio import from_audio, from_guitarml, from_nam, from_rtneural
 from cellstep.convert.gates import from_gates, to_gates
 from cellstep.convert.keras import from_keras, from_keras_model, to_keras
 from cellstep.convert.onnx_graph import Reversed, from_onnx
@@ -13,6 +13,7 @@ from cellstep.convert.torch_modules import from_torch, replace_lstm, to_torch
 
 __all__ = [
     "Reversed",
+    "from_audio",
     "from_gates",
     "from_guitarml",
     "from_keras",

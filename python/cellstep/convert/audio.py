@@ -21,6 +21,48 @@ _Source = str | os.PathLike[str] | Mapping[str, Any]
 _ACTIVATIONS = ("tanh", "relu", "sigmoid", "elu", "softmax")
 
 
+def from_audio(source: _Source, *, dense_activations: Sequence[str] | None = None) -> Chain:
+    """A model in whichever of the formats of this module the file is: RTNeural's, NeuralAmpModeler's or GuitarML's.
+
+    Args:
+        source: a file, or what ``json.load`` makes of it.
+        dense_activations: see :func:`from_rtneural`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is in none of the formats, is damaged, or has layers of other kinds.
+    """
+    document = _document(source)
+    others = {"architecture": from_nam, "model_data": from_guitarml}
+    for key, converter in others.items():
+        if key in document:
+            if dense_activations is not None:
+                raise ValueError(
+                    f"expected dense_activations for RTNeural's PyTorch layout alone; got a file with {key}; leave "
+                    "them out"
+                )
+            return converter(document)
+    return from_rtneural(document, dense_activations=dense_activations)
+
+
+def prewarm_steps(source: _Source) -> int:
+    """Samples of silence that a format's own player runs through a model before it plays.
+
+    Half a second for NeuralAmpModeler, at 48 kHz where the file names no ``sample_rate``; none elsewhere.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON object.
+    """
+    document = _document(source)
+    if "architecture" not in document:
+        return 0
+    rate = document.get("sample_rate")
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e6:
+        rate = 48000
+    return int(rate / 2)
+
+
 def from_rtneural(source: _Source, *, dense_activations: Sequence[str] | None = None) -> Chain:
     """A model of dense and LSTM layers in RTNeural's JSON, in its Keras or its PyTorch layout; answers every step.
 

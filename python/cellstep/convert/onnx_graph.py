@@ -66,6 +66,8 @@ def from_onnx(
     node's ``sequence_lens`` is the argument ``lengths``. A constant state, if it is not zero, is the layer's initial
     state; any other is the caller's to pass.
 
+    onnxruntime's ``DynamicQuantizeLSTM`` gives a float32 layer with its 8-bit weights times their scales.
+
     A step that an exporter wrote out as matrix products, sigmoids and tanhs gives a layer too; of one unrolled over
     time the first step counts. It goes by the name of the node that multiplies its output gate in.
 
@@ -152,6 +154,8 @@ def _layers(scope: Scope) -> Iterator[tuple[str, Callable[[], LSTM | Reversed]]]
     for node in scope.graph.node:
         if node.op_type == "LSTM" and node.domain in ("", "ai.onnx"):
             yield _name(node), partial(_layer, node, scope)
+        elif node.op_type == "DynamicQuantizeLSTM" and node.domain == "com.microsoft":
+            yield _name(node), partial(_layer, node, scope, quantized=True)
         elif node.op_type.endswith("LSTM"):
             yield _name(node), partial(_other, node)
     for step in find_steps(scope):
@@ -168,7 +172,7 @@ def _other(node: "onnx.NodeProto") -> LSTM:
     )
 
 
-def _layer(node: "onnx.NodeProto", scope: Scope) -> LSTM | Reversed:
+def _layer(node: "onnx.NodeProto", scope: Scope, quantized: bool = False) -> LSTM | Reversed:
     from onnx import helper
 
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -191,6 +195,9 @@ def _layer(node: "onnx.NodeProto", scope: Scope) -> LSTM | Reversed:
         raise ValueError("expected W and R; got a node without; correct the file")
     if w.dim() != 3 or r.dim() != 3:
         raise ValueError(f"expected W and R of three axes; got {tuple(w.shape)} and {tuple(r.shape)}; correct the file")
+    if quantized:
+        w = _dequantized("W", w, weight(8, "W_scale"), weight(9, "W_zero_point"))
+        r = _dequantized("R", r, weight(10, "R_scale"), weight(11, "R_zero_point"))
     hidden = r.shape[2]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "W": (w, (sides, 4 * hidden, w.shape[2])),
@@ -223,6 +230,26 @@ def _layer(node: "onnx.NodeProto", scope: Scope) -> LSTM | Reversed:
     initial = _initial(node, scope, batch_first, parts[0]["weight_hh"], sides)
     lstm = single_layer(parts, batch_first=batch_first, initial=initial, coupled=coupled, **options)
     return Reversed(lstm) if direction == "reverse" else lstm
+
+
+def _dequantized(name: str, weight: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+    """(sides, rows, columns) in float32 from 8-bit numbers as the operator has them, (sides, columns, rows).
+
+    Scale and zero point are of a direction, (sides), or of a row, (sides, rows).
+    """
+    sides, _, rows = weight.shape
+    if weight.dtype not in (torch.int8, torch.uint8):
+        raise ValueError(f"expected {name} of 8 bits; got {weight.dtype}; correct the file")
+    for part, value in (("scale", scale), ("zero_point", zero)):
+        if value is None or tuple(value.shape) not in ((sides,), (sides, rows)):
+            got = "none" if value is None else tuple(value.shape)
+            raise ValueError(
+                f"expected {name}_{part} of shape {(sides,)} or {(sides, rows)}; got {got}; correct the file"
+            )
+    assert scale is not None
+    assert zero is not None
+    columns = (sides, 1, -1)
+    return ((weight.int() - zero.int().reshape(columns)) * scale.float().reshape(columns)).transpose(1, 2)
 
 
 def _activations(attributes: dict[str, Any], sides: int) -> dict[str, Any]:

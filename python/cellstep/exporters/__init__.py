@@ -44,9 +44,10 @@ def export(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> No
         model: a :class:`cellstep.nn.Chain`, such as a ``Forecaster``; an :class:`cellstep.nn.LSTM` is exported as
             ``Chain(lstm, answers="every")``. What :func:`cellstep.quantize` gave goes to ``.cellstep``, ``.h`` and
             ``.pt``.
-        options: of the exporter: ``fast_activations`` for ``.cellstep``, ``.h`` and ``.pt``; ``standalone`` for
-            ``.pt``; ``input_names``, ``output_names``, ``lengths`` and ``reset`` for ``.onnx``; ``batch_size``,
-            ``steps`` and ``partitioner`` for ``.pte``.
+        options: of the exporter: ``fast_activations`` and ``settle`` (T, input_size), the steps behind which a stream
+            begins, for ``.cellstep``, ``.h`` and ``.pt``; ``standalone`` for ``.pt``; ``input_names``,
+            ``output_names``, ``lengths`` and ``reset`` for ``.onnx``; ``batch_size``, ``steps`` and ``partitioner`` for
+            ``.pte``.
 
     Raises:
         ValueError: the suffix is unknown, or the artifact cannot hold the model's dtype.

@@ -1,9 +1,6 @@
 """The ``.cellstep`` deploy file; its format is described in ``csrc/core/image.h``."""
 
-import struct
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,19 +12,15 @@ from torch import Tensor
 
 from cellstep import _runtime
 from cellstep.exporters.files import replacing
+from cellstep.exporters.records import PACKED, Flag, Kind, Record, assemble
+from cellstep.exporters.settle import settled
 from cellstep.exporters.weights import WEIGHTS, pack_weights, rounded
 from cellstep.formula import ACTIVATIONS
 from cellstep.nn import LSTM, Chain, Dense
-from cellstep.nn.chain import ANSWERS
 
 if TYPE_CHECKING:
     from cellstep.exporters.torchscript import PackedChain
 
-_VERSION = 3
-_ALIGNMENT = 64
-_PACKED = 1  # the layout of csrc/core/pack.h; those of narrow weights follow
-_INPUT_SCALING, _LSTM, _DENSE, _OUTPUT_SCALING, _FEATURE_NAMES, _OUTPUT_NAMES, _TEST_VECTOR, _SKIP = range(1, 9)
-_BIDIRECTIONAL, _PEEPHOLE, _LAYER_NORM, _COUPLED, _RESIDUAL, _INITIAL, _CELLS, _FAST = (1 << bit for bit in range(8))
 _TEST_STEPS = 16
 #: Largest error that a self-test allows, relative to the largest output and its scale: float32 leaves some 1e-7 a
 #: step, and a wrong weight or a broken kernel gives far more.
@@ -41,33 +34,30 @@ _Array = NDArray[Any]
 _Factors = Sequence[_Array | None]  # of the inputs of each layer
 
 
-@dataclass
-class _Record:
-    kind: int
-    sizes: tuple[int, ...]
-    content: bytes
-    layout: int = 0
-    flags: int = 0
-    activations: int = 0
-
-
-def export_deploy(model: "Chain | PackedChain", path: Path, fast_activations: bool = False) -> None:
+def export_deploy(model: "Chain | PackedChain", path: Path, fast_activations: bool = False, settle: Any = None) -> None:
     """Write the deploy file of a float32 or quantized model.
 
     Args:
         fast_activations: sigmoid and tanh of LSTM layers with an absolute error of up to 1.6e-5, in less time. They
             saturate that far from 1, so that a forget gate that is fully open loses 8e-6 of c a step.
+        settle: (T, input_size): streams begin in the state behind these steps, where the file is run and after a reset.
 
     Raises:
-        ValueError: another dtype; weights that are not finite; a quantized model, whose activations are settled.
+        ValueError: another dtype; weights that are not finite; ``fast_activations`` with a quantized model, whose
+            weights are packed already; ``settle`` of another shape or with a bidirectional model.
     """
-    data = deploy_bytes(model, fast_activations)
+    data = deploy_bytes(model, fast_activations, settle)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
-def deploy_bytes(model: "Chain | PackedChain", fast_activations: bool = False) -> bytes:
+def deploy_bytes(model: "Chain | PackedChain", fast_activations: bool = False, settle: Any = None) -> bytes:
     """The bytes of the deploy file of a float32 or quantized model; see :func:`export_deploy`."""
+    data = _deploy_bytes(model, fast_activations)
+    return data if settle is None else settled(data, settle)[0]
+
+
+def _deploy_bytes(model: "Chain | PackedChain", fast_activations: bool) -> bytes:
     if not isinstance(model, Chain):
         if fast_activations:
             raise ValueError(
@@ -100,25 +90,25 @@ def image(
     """
     layers = [(lstm, layer) for lstm in model.lstms for layer in range(lstm.num_layers)]
     given: _Factors = [None] * len(layers) if factors is None else factors
-    records = [_Record(_INPUT_SCALING, (model.input_size,), _bytes(model.input_offset, model.input_scale))]
+    records = [Record(Kind.INPUT_SCALING, (model.input_size,), _bytes(model.input_offset, model.input_scale))]
     records += [_dense_record(dense) for dense in model.encoder]
     records += [
         _lstm_record(*place, weights, each, fast_activations) for place, each in zip(layers, given, strict=True)
     ]
     records += [_dense_record(dense) for dense in model.heads]
-    records.append(_Record(_OUTPUT_SCALING, (model.output_size,), _bytes(model.output_offset, model.output_scale)))
+    records.append(Record(Kind.OUTPUT_SCALING, (model.output_size,), _bytes(model.output_offset, model.output_scale)))
     if model.skip_columns:
         columns = np.array(model.skip_columns, np.uint32)
-        records.append(_Record(_SKIP, (model.output_size,), columns.tobytes()))
-    for kind, names in ((_FEATURE_NAMES, model.feature_names), (_OUTPUT_NAMES, model.output_names)):
+        records.append(Record(Kind.SKIP, (model.output_size,), columns.tobytes()))
+    for kind, names in ((Kind.FEATURE_NAMES, model.feature_names), (Kind.OUTPUT_NAMES, model.output_names)):
         if names:
-            records.append(_Record(kind, (len(names),), _encode(names)))
+            records.append(Record(kind, (len(names),), _encode(names)))
     if not test_vector:
-        return _assemble(model, records)
+        return assemble(model, records)
     x = _test_input(model)
     if weights == "int8":
         # No reference rounds the values of a step, so here the library is its own: another machine's is held to it.
-        session = _runtime.Session(_runtime.Model.from_bytes(_assemble(model, records)))
+        session = _runtime.Session(_runtime.Model.from_bytes(assemble(model, records)))
         y = torch.from_numpy(session.run(x.numpy()))
     else:
         y = _test_output(model, x, weights)
@@ -127,8 +117,8 @@ def image(
         relative = max(relative, _TEST_TOLERANCE_FAST)
     tolerance = relative * (y.abs().max() + model.output_scale.abs().max().cpu())
     content = _bytes(tolerance.to(model.dtype).reshape(1), x, y.to(model.dtype))
-    records.append(_Record(_TEST_VECTOR, (_TEST_STEPS,), content))
-    return _assemble(model, records)
+    records.append(Record(Kind.TEST_VECTOR, (_TEST_STEPS,), content))
+    return assemble(model, records)
 
 
 def lstm_image(lstm: LSTM) -> bytes:
@@ -146,25 +136,25 @@ def lstm_image(lstm: LSTM) -> bytes:
         horizon=0,
         answers="every",
     )
-    return _assemble(sizes, [_lstm_record(lstm, layer, "float32", None, False) for layer in range(lstm.num_layers)])
+    return assemble(sizes, [_lstm_record(lstm, layer, "float32", None, False) for layer in range(lstm.num_layers)])
 
 
-def _dense_record(dense: Dense) -> _Record:
+def _dense_record(dense: Dense) -> Record:
     packed = _runtime.pack_dense(_array(dense.weight), None if dense.bias is None else _array(dense.bias))
     sizes = (dense.in_features, dense.out_features)
-    return _Record(_DENSE, sizes, packed.tobytes(), _PACKED, activations=ACTIVATIONS.index(dense.activation))
+    return Record(Kind.DENSE, sizes, packed.tobytes(), PACKED, activations=ACTIVATIONS.index(dense.activation))
 
 
-def _lstm_record(lstm: LSTM, layer: int, weights: str, factors: _Array | None, fast: bool) -> _Record:
+def _lstm_record(lstm: LSTM, layer: int, weights: str, factors: _Array | None, fast: bool) -> Record:
     flags = (
-        _BIDIRECTIONAL * lstm.bidirectional
-        | _PEEPHOLE * lstm.peephole
-        | _LAYER_NORM * lstm.layer_norm
-        | _COUPLED * lstm.coupled
-        | _RESIDUAL * (lstm.residual and layer > 0)
-        | _INITIAL * lstm.learn_initial_state
-        | _CELLS * (lstm.return_cell_states and layer + 1 == lstm.num_layers)
-        | _FAST * fast
+        Flag.BIDIRECTIONAL * lstm.bidirectional
+        | Flag.PEEPHOLE * lstm.peephole
+        | Flag.LAYER_NORM * lstm.layer_norm
+        | Flag.COUPLED * lstm.coupled
+        | Flag.RESIDUAL * (lstm.residual and layer > 0)
+        | Flag.INITIAL * lstm.learn_initial_state
+        | Flag.CELLS * (lstm.return_cell_states and layer + 1 == lstm.num_layers)
+        | Flag.FAST * fast
     )
     content = b""
     directions = 2 if lstm.bidirectional else 1
@@ -188,8 +178,8 @@ def _lstm_record(lstm: LSTM, layer: int, weights: str, factors: _Array | None, f
     names = (lstm.gate_activation, lstm.activation, lstm.output_activation)
     activations = sum(ACTIVATIONS.index(name) << (8 * place) for place, name in enumerate(names))
     inputs = int(lstm.layer_parameters(layer)["weight_ih"].shape[1])
-    layout = _PACKED + WEIGHTS.index(weights)
-    return _Record(_LSTM, (inputs, lstm.hidden_size, lstm.proj_size), content, layout, flags, activations)
+    layout = PACKED + WEIGHTS.index(weights)
+    return Record(Kind.LSTM, (inputs, lstm.hidden_size, lstm.proj_size), content, layout, flags, activations)
 
 
 def _with_forget_gate(values: _Array, lstm: LSTM) -> _Array:
@@ -240,37 +230,3 @@ def _test_output(model: Chain, x: Tensor, weights: str) -> Tensor:
     with torch.no_grad():
         y, _ = reference.run(x.double().unsqueeze(0), reference.initial_state(1))
     return y.squeeze(0)
-
-
-def _assemble(model: Chain | SimpleNamespace, records: list[_Record]) -> bytes:
-    offset = 64 + 64 * len(records)
-    table = b""
-    data = b""
-    for record in records:
-        data += bytes(-(offset + len(data)) % _ALIGNMENT)
-        sizes = (*record.sizes, *[0] * (4 - len(record.sizes)))
-        numbers = (record.kind, record.layout, *sizes, record.flags, record.activations)
-        table += struct.pack("<8I4Q", *numbers, offset + len(data), len(record.content), 0, 0)
-        data += record.content
-    body = table + data
-
-    def header(checksum: int) -> bytes:
-        return struct.pack(
-            "<8sIIQ10I",
-            b"CELLSTEP",
-            _VERSION,
-            checksum,
-            64 + len(body),
-            len(records),
-            1 if model.dtype == torch.float64 else 0,
-            model.input_size,
-            model.output_size,
-            model.state_layers,
-            model.h_size,
-            model.c_size,
-            model.window,
-            model.horizon,
-            ANSWERS.index(model.answers),
-        )
-
-    return header(zlib.crc32(header(0) + body)) + body

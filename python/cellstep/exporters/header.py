@@ -5,7 +5,7 @@ import os
 import re
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,19 +68,19 @@ _PATTERN = re.compile(
 )
 
 
-def export_header(model: "Chain | PackedChain", path: Path, fast_activations: bool = False) -> None:
+def export_header(model: "Chain | PackedChain", path: Path, fast_activations: bool = False, settle: Any = None) -> None:
     """Write the deploy file of a float32 or quantized model as a C array, for C99 and C++11 and later.
 
     The array is named after the file: that of ``tide.h`` is ``tide_model``, and ``tide_model_size`` is its size in
     bytes. It is constant and begins at a multiple of 64 bytes, so that a model is used where it lies.
 
     Args:
-        fast_activations: as for ``.cellstep``.
+        fast_activations, settle: as for ``.cellstep``.
 
     Raises:
         ValueError: as for ``.cellstep``.
     """
-    text = header_text(deploy_bytes(model, fast_activations), path.stem)
+    text = header_text(deploy_bytes(model, fast_activations, settle), path.stem)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="ascii")
 

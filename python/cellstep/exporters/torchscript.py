@@ -3,6 +3,7 @@
 It is deprecated upstream in favour of ``torch.export``; this artifact is for the libtorch programs that exist.
 """
 
+import copy
 import os
 from pathlib import Path
 from typing import Any, Final, Optional
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import cellstep
 from cellstep.exporters.deploy import image
 from cellstep.exporters.files import replacing
+from cellstep.exporters.settle import settled
 from cellstep.nn import Chain
 from cellstep.nn.chain import ANSWERS
 from cellstep.nn.packed import aligned_bytes
@@ -153,7 +155,11 @@ def packed(model: Chain, fast_activations: bool = False) -> PackedChain:
 
 
 def export_torchscript(
-    model: Chain | PackedChain, path: Path, standalone: bool = False, fast_activations: bool = False
+    model: Chain | PackedChain,
+    path: Path,
+    standalone: bool = False,
+    fast_activations: bool = False,
+    settle: Any = None,
 ) -> None:
     """Script, freeze and save a model.
 
@@ -161,11 +167,15 @@ def export_torchscript(
         standalone: on torch's own operators alone, for a libtorch that nobody can add a library to: any dtype and
             device, slower on a CPU.
         fast_activations: sigmoid and tanh of LSTM layers with an absolute error of up to 1.6e-5, in less time.
+        settle: (T, input_size): streams begin in the state behind these steps.
 
     Raises:
         ValueError: the model is neither float32 nor float64, unless ``standalone``; or it is quantized, and it is;
-            or ``fast_activations`` with either, as torch's own operators have none and quantized models are packed.
+            or ``fast_activations`` with either, as torch's own operators have none and quantized models are packed;
+            or ``settle`` with ``standalone``, with a bidirectional model or of another shape.
     """
+    if settle is not None and standalone:
+        raise ValueError("expected standalone=False with settle; got True; leave one of them out")
     if fast_activations and (standalone or not isinstance(model, Chain)):
         raise ValueError(
             "expected fast_activations=False for a standalone file or a quantized model; got True; export the float "
@@ -179,13 +189,24 @@ def export_torchscript(
             parameter.requires_grad_(False)
         scripted = torch.jit.script(module)  # unfrozen: constants would not move between devices
     else:
+        program = packed(model, fast_activations) if isinstance(model, Chain) else model
+        if settle is not None:
+            program = _begun_from(program, settle)
         scripted = torch.jit.freeze(
-            torch.jit.script(packed(model, fast_activations) if isinstance(model, Chain) else model),
+            torch.jit.script(program),
             preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _PACKED + _TENSORS,
         )
     with replacing(path) as temporary:
         # The version that wrote the file tells whoever lacks an operator what to install.
         torch.jit.save(scripted, temporary, _extra_files={"cellstep_version": cellstep.__version__})
+
+
+def _begun_from(program: PackedChain, settle: Any) -> PackedChain:
+    data, h, c = settled(program.image.cpu().numpy().tobytes(), settle)
+    twin = copy.deepcopy(program)
+    device = program.image.device
+    twin.image, twin.initial_h, twin.initial_c = (part.to(device) for part in (aligned_bytes(data), h, c))
+    return twin
 
 
 def load_torchscript(path: str | os.PathLike[str]) -> Any:

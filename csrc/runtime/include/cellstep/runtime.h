@@ -105,7 +105,7 @@ CELLSTEP_API const char* cellstep_version(void);
 /** The CELLSTEP_API_VERSION that this library was made with: a program needs at least the one of its header. */
 CELLSTEP_API int cellstep_api_version(void);
 
-/** Instruction set in use: "baseline", "avx2", "avx512" or "native". */
+/** Instruction set in use: "baseline", "avx2", "avx512" or "native"; "compact" where the library is built small. */
 CELLSTEP_API const char* cellstep_instruction_set(void);
 
 /* Models */

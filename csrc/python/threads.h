@@ -17,23 +17,23 @@ namespace python {
 
 /// Runs tasks on the thread that asks and on `threads - 1` others. A process made by fork has none of the others: there
 /// all tasks run on the thread that asks.
-class Pool {
+class Threads {
 public:
     /// Throws std::system_error where the system gives no more threads.
-    explicit Pool(std::size_t threads);
-    ~Pool();
-    Pool(const Pool&) = delete;
-    Pool& operator=(const Pool&) = delete;
+    explicit Threads(std::size_t threads);
+    ~Threads();
+    Threads(const Threads&) = delete;
+    Threads& operator=(const Threads&) = delete;
 
-    /// Deletes a pool, but in a forked process, where it would wait for the threads that are not there.
+    /// Deletes the threads, but in a forked process, where that would wait for the threads that are not there.
     struct Release {
-        void operator()(Pool* pool) const;
+        void operator()(Threads* threads) const;
     };
 
     std::size_t threads() const { return workers_.size() + 1; }
 
-    /// What the runtime calls; `pool` is a Pool.
-    static void run(void* pool, std::size_t count, void (*task)(void*, std::size_t), void* argument);
+    /// What the runtime calls; `threads` is a Threads.
+    static void run(void* threads, std::size_t count, void (*task)(void*, std::size_t), void* argument);
 
 private:
     void work();

@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "threads.h"
 
 namespace cellstep {
 namespace python {
@@ -24,7 +24,7 @@ void look(Done done) {
 
 }  // namespace
 
-Pool::Pool(std::size_t threads) {
+Threads::Threads(std::size_t threads) {
     try {
         for (std::size_t at = 1; at < threads; ++at) workers_.emplace_back([this] { work(); });
     } catch (...) {
@@ -33,16 +33,16 @@ Pool::Pool(std::size_t threads) {
     }
 }
 
-Pool::~Pool() { stop(); }
+Threads::~Threads() { stop(); }
 
-void Pool::Release::operator()(Pool* pool) const {
+void Threads::Release::operator()(Threads* threads) const {
 #if !defined(_WIN32)
-    if (pool->process_ != getpid()) return;
+    if (threads->process_ != getpid()) return;
 #endif
-    delete pool;
+    delete threads;
 }
 
-void Pool::stop() {
+void Threads::stop() {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         stopped_ = true;
@@ -52,11 +52,11 @@ void Pool::stop() {
     for (std::thread& worker : workers_) worker.join();
 }
 
-void Pool::take_tasks() {
+void Threads::take_tasks() {
     for (std::size_t index = next_.fetch_add(1); index < count_; index = next_.fetch_add(1)) task_(argument_, index);
 }
 
-void Pool::work() {
+void Threads::work() {
     std::size_t seen = 0;
     for (;;) {
         look([&] { return calls_.load(std::memory_order_relaxed) != seen; });
@@ -74,8 +74,8 @@ void Pool::work() {
     }
 }
 
-void Pool::run(void* pool, std::size_t count, void (*task)(void*, std::size_t), void* argument) {
-    Pool& self = *static_cast<Pool*>(pool);
+void Threads::run(void* threads, std::size_t count, void (*task)(void*, std::size_t), void* argument) {
+    Threads& self = *static_cast<Threads*>(threads);
     {
         const std::lock_guard<std::mutex> lock(self.mutex_);
         self.task_ = task;
