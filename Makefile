@@ -1,10 +1,10 @@
 # Two commands do everything on a machine with Python 3.10 or later and a C++ compiler:
 #   make demo   train on the sample series, export, run everywhere, agreement table, plot
 #   make test   all checks and tests
-# and a third measures:
-#   make bench  cellstep beside its peers on this machine's CPU; exit code 1 where a row falls short
-# and a fourth looks for what breaks, with clang's libFuzzer:
-#   make fuzz   FUZZ_SECONDS of each fuzzer
+# and three more:
+#   make test-embedded  the torch-free runtime on every target that it names, emulated where it must be
+#   make bench          cellstep beside its peers on this machine's CPU; exit code 1 where a row falls short
+#   make fuzz           what breaks: FUZZ_SECONDS of each fuzzer, with clang's libFuzzer
 # PYTHON picks the interpreter. TORCH picks the torch to install: pip takes a CPU build of it where it can find one.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
 CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo test bench bench-runtime fuzz venv lint format clean
+.PHONY: demo test test-embedded bench bench-runtime fuzz venv lint format clean
 
 venv: .venv/.installed
 
@@ -43,6 +43,10 @@ demo: venv
 
 test: venv lint
 	$(BIN)/pytest
+
+test-embedded: venv
+	@scripts/embedded_tools.sh
+	CELLSTEP_REQUIRE_TOOLS=1 $(BIN)/pytest tests/embedded
 
 # BENCH takes options of benchmarks/cpu.py, such as --quick or --readme.
 bench: .venv/.bench

@@ -179,8 +179,9 @@ bool in_place(const StateRows<T>& rows, std::size_t batch, std::size_t width) {
 
 }  // namespace
 
+/// Aligned as the stages are, which lie behind it, also where pointers take four bytes.
 template <class T>
-struct Plan {
+struct alignas(8) Plan {
     Image image;
     Layout<T> layout;
     const ImageRecord* encoder;  ///< the dense layers before the first LSTM layer, and the end of them

@@ -22,6 +22,17 @@
 #endif
 #endif
 
+// Where one value's fma is an instruction. Clang says nothing of it on RISC-V.
+#if !defined(CELLSTEP_STRICT)
+#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA) || \
+    __riscv_flen >= 32
+#define CELLSTEP_FMA_FLOAT 1
+#endif
+#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMA) || __riscv_flen >= 64
+#define CELLSTEP_FMA_DOUBLE 1
+#endif
+#endif
+
 /// For functions that pass vectors: a call would send them through memory. Where code is to be small they are called.
 #if defined(CELLSTEP_COMPACT) && defined(__OPTIMIZE_SIZE__)
 #define CELLSTEP_INLINE inline
@@ -55,8 +66,7 @@ constexpr int native_registers = 16;
 #endif
 
 /// Whether fma() rounds once.
-#if !defined(CELLSTEP_STRICT) && \
-    (defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA))
+#if defined(CELLSTEP_FMA_FLOAT)
 constexpr bool has_fma = true;
 #else
 constexpr bool has_fma = false;
@@ -304,7 +314,7 @@ inline Vector<double, 2> fma(Vector<double, 2> a, Vector<double, 2> b, Vector<do
     return vfmaq_f64(c, a, b);
 }
 #endif
-#elif defined(__FP_FAST_FMAF)
+#elif defined(CELLSTEP_FMA_FLOAT)
 template <>
 inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
     for (int lane = 0; lane < 4; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
@@ -312,13 +322,13 @@ inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float
 }
 #endif
 
-#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA)
+#if defined(CELLSTEP_FMA_FLOAT)
 template <>
 inline float fma(float a, float b, float c) {
     return __builtin_fmaf(a, b, c);
 }
 #endif
-#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMA)
+#if defined(CELLSTEP_FMA_DOUBLE)
 template <>
 inline double fma(double a, double b, double c) {
     return __builtin_fma(a, b, c);

@@ -1,0 +1,20 @@
+# Bare metal with Arm's GNU toolchain: CELLSTEP_CORE is m0plus, m4f, m7 or m55.
+set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES CELLSTEP_CORE)
+set(CMAKE_SYSTEM_NAME Generic)
+set(CMAKE_SYSTEM_PROCESSOR cortex-${CELLSTEP_CORE})
+set(CMAKE_C_COMPILER arm-none-eabi-gcc)
+set(CMAKE_CXX_COMPILER arm-none-eabi-g++)
+# A program needs the linker script of a board.
+set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
+
+set(core_m0plus "-mcpu=cortex-m0plus -mfloat-abi=soft")
+set(core_m4f "-mcpu=cortex-m4 -mfpu=fpv4-sp-d16 -mfloat-abi=hard")
+set(core_m7 "-mcpu=cortex-m7 -mfpu=fpv5-sp-d16 -mfloat-abi=hard")
+set(core_m55 "-mcpu=cortex-m55 -mfloat-abi=hard")
+if(NOT DEFINED core_${CELLSTEP_CORE})
+  message(FATAL_ERROR "Expected CELLSTEP_CORE=m0plus, m4f, m7 or m55; got '${CELLSTEP_CORE}'.")
+endif()
+set(options "${core_${CELLSTEP_CORE}} -mthumb -ffunction-sections -fdata-sections")
+set(CMAKE_C_FLAGS_INIT "${options}")
+set(CMAKE_CXX_FLAGS_INIT "${options} -fno-threadsafe-statics")
+set(CMAKE_EXE_LINKER_FLAGS_INIT "-Wl,--gc-sections")

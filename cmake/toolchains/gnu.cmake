@@ -1,0 +1,5 @@
+# Cross-compiles with a GNU compiler whose programs begin with CELLSTEP_TRIPLE, as Debian's packages name them.
+set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES CELLSTEP_TRIPLE)
+set(CMAKE_C_COMPILER ${CELLSTEP_TRIPLE}-gcc)
+set(CMAKE_CXX_COMPILER ${CELLSTEP_TRIPLE}-g++)
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
