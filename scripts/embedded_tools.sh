@@ -25,6 +25,7 @@ int main() { delete new int; }' | "$@" -x c++ - -o /dev/null
 version=$( (g++ -dumpversion || echo 12) 2>/dev/null)
 need g++ compiles g++
 need clang compiles clang++
+need libclang-rt-dev compiles clang++ -fsanitize=address
 need "lib32stdc++-${version%%.*}-dev" compiles g++ -m32
 need libc6-dev-i386 compiles g++ -m32
 need g++-aarch64-linux-gnu compiles aarch64-linux-gnu-g++

@@ -57,6 +57,7 @@ def site(tmp_path_factory):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield directory, f"http://127.0.0.1:{server.server_port}/index.html"
     server.shutdown()
+    server.server_close()
 
 
 def dump(address, directory):
