@@ -16,7 +16,6 @@
 /// Then the records, 64 bytes each, and their data in the same order, each piece at the next multiple of 64 bytes. The
 /// file ends with the last of them.
 ///
-///
 /// | bytes | record |
 /// | --- | --- |
 /// | 0..4 | kind, see RecordKind |
