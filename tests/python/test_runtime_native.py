@@ -420,7 +420,7 @@ def test_sums_that_size_t_cannot_hold_are_refused(pairs, tmp_path):
     command = ["g++", "-m32", tmp_path / "try.cpp", "-o", tmp_path / "try"]
     if subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("no 32-bit libraries here: scripts/embedded_tools.sh installs them")
-    objects = build_objects(tmp_path, "-O1", "-m32")
+    objects = build_objects(tmp_path, "-O1", "-m32", "-msse2", "-mfpmath=sse")
     compile_with("gcc", "-m32", INCLUDE, "-c", ROOT / "tests/cpp/sizes.c", "-o", tmp_path / "sizes.o")
     compile_with("g++", "-m32", "-o", tmp_path / "sizes", tmp_path / "sizes.o", *objects)
     for name, paths in pairs.items():
