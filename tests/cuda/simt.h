@@ -1,0 +1,179 @@
+/// CUDA's threads on a processor: csrc/ops/cuda/device.h includes this with CELLSTEP_EMULATED, and a launch then runs
+/// every thread of every block on fibers of the calling thread.
+///
+/// What a device would get wrong in silence shows here: shared memory begins as NaN, a block's threads run in an order
+/// that hangs on CELLSTEP_SIMT_SEED, a block that waits for one that cannot start ends the program with a line on why.
+/// CELLSTEP_SIMT_BLOCKS (default 8) blocks run at once, as if the device had no room for more.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+struct __half {
+    std::uint16_t bits;
+};
+struct __nv_bfloat16 {
+    std::uint16_t bits;
+};
+
+namespace simt {
+
+/// Where the running thread is.
+struct Place {
+    dim3 thread, block, block_size, grid_size;
+    unsigned char* shared;
+};
+extern Place* here;
+
+void block_sync();
+void warp_sync();
+/// Gives `bytes` of this lane to the warp; the answer holds those of its 32 lanes, one behind the other, until the
+/// warp meets the next time.
+const unsigned char* exchange(const void* value, std::size_t bytes);
+/// Lets other threads run.
+void pause();
+void run(dim3 grid, dim3 block, std::size_t shared, const std::function<void()>& kernel);
+
+}  // namespace simt
+
+#define threadIdx (::simt::here->thread)
+#define blockIdx (::simt::here->block)
+#define blockDim (::simt::here->block_size)
+#define gridDim (::simt::here->grid_size)
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
+namespace cellstep {
+namespace cuda {
+
+inline unsigned char* shared_memory() { return simt::here->shared; }
+inline void block_sync() { simt::block_sync(); }
+inline void warp_sync() { simt::warp_sync(); }
+
+template <class T>
+T shuffle(T value, int lane) {
+    T found;
+    std::memcpy(&found, simt::exchange(&value, sizeof(T)) + static_cast<std::size_t>(lane & 31) * sizeof(T), sizeof(T));
+    return found;
+}
+
+template <class T>
+T shuffle_xor(T value, int mask) {
+    return shuffle(value, static_cast<int>(threadIdx.x & 31u) ^ mask);
+}
+
+inline int load_acquire(const int* word) { return *static_cast<const volatile int*>(word); }
+inline void store_release(int* word, int value) { *static_cast<volatile int*>(word) = value; }
+inline int fetch_add(int* word, int value) {
+    const int before = *word;
+    *word = before + value;
+    return before;
+}
+inline void pause() { simt::pause(); }
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
+inline float tanh_approx(float x) { return std::tanh(x); }
+
+inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
+inline float to_float(__half x) {
+    _Float16 value;
+    std::memcpy(&value, &x.bits, 2);
+    return static_cast<float>(value);
+}
+inline float to_float(__nv_bfloat16 x) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+    return x;
+}
+template <>
+inline __half from_float<__half>(float x) {
+    const _Float16 value = static_cast<_Float16>(x);
+    __half half;
+    std::memcpy(&half.bits, &value, 2);
+    return half;
+}
+template <>
+inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return {0x7fff};
+    return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+template <class T>
+T from_float(double x) {
+    return static_cast<T>(x);
+}
+
+/// The fragments of mma.m16n8k16 as the PTX ISA lays them out over the lanes.
+template <class T>
+void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], T) {
+    std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const unsigned char* all = simt::exchange(mine, sizeof(mine));
+    const auto value = [all](unsigned lane, unsigned word, unsigned half) {
+        T found;
+        std::memcpy(&found, all + (lane * 6 + word) * 4 + half * 2, 2);
+        return to_float(found);
+    };
+    const unsigned lane = threadIdx.x & 31u;
+    for (unsigned place = 0; place < 4; ++place) {
+        const unsigned row = lane / 4, column = lane % 4 * 2 + place % 2;
+        float sum = d[place];
+        for (unsigned k = 0; k < 16; ++k)
+            sum += value(row * 4 + k % 8 / 2, place / 2 + k / 8 * 2, k % 2) *
+                   value(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+        d[place] = sum;
+    }
+}
+
+template <class Argument>
+const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t shared, void*,
+                   const Argument& argument) {
+    simt::run(grid, block, shared, [&] { kernel(argument); });
+    return nullptr;
+}
+
+}  // namespace cuda
+}  // namespace cellstep
