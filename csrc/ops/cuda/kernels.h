@@ -69,7 +69,8 @@ struct Forward {
     const void* c;          ///< (L D, N, H)
     const void* initial_h;  ///< (L D, H) for resets, or null: zero
     const void* initial_c;  ///< (L D, H)
-    void* outputs;          ///< (L, P, D H): of every layer, directions side by side
+    void* outputs;          ///< (L - 1, P, D H): of the layers before the last, directions side by side
+    void* y;                ///< (P, D H): of the last layer
     void* h_n;              ///< (L D, N, H), behind each row's last step; that of h where it has none
     void* c_n;              ///< (L D, N, H)
     void* gates;            ///< null, or (L D, P, 4 H): i, f, g, o behind their activations
