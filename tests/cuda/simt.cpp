@@ -77,7 +77,7 @@ struct Block;
 
 /// Why a fiber gave up the processor. The host's stack alone keeps the books: the thread sanitizer would take what a
 /// fiber does to a list for a race among the threads of the kernel.
-enum class Wish { end, pause, block_sync, exchange };
+enum class Wish { end, pause, block_sync, cluster_sync, exchange };
 
 struct Fiber {
     Place place;
@@ -99,14 +99,32 @@ struct Warp {
     std::vector<Fiber*> asleep;
 };
 
+/// Threads that meet at a barrier.
+struct Barrier {
+    std::vector<Fiber*> asleep;
+    std::size_t threads = 0;
+    bool whole = true;  // none has ended
+    unsigned meeting = 0;
+    char points[2];  // publish and observe, of meetings in turn
+
+    void wait(Wish why);
+    void come(Fiber* fiber);
+    void end();
+};
+
+struct Cluster {
+    Barrier barrier;
+    std::vector<unsigned char*> shared;  // by rank; null of a block that has ended
+    std::size_t blocks = 0;
+};
+
 struct Block {
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Warp> warps;
     std::unique_ptr<unsigned char[]> memory;  // shared memory between two guards
     std::size_t alive = 0;
-    std::vector<Fiber*> asleep;  // at the block's barrier
-    unsigned barrier = 0;
-    char points[2];  // publish and observe, of barriers in turn
+    Barrier barrier;
+    std::shared_ptr<Cluster> cluster;
 };
 
 std::mt19937_64 order;
@@ -143,12 +161,33 @@ void wake(std::vector<Fiber*>& asleep) {
     asleep.clear();
 }
 
+void Barrier::wait(Wish why) {
+    pauses = 0;
+    if (!whole) stop("a thread waits at a barrier that one that has ended did not come to");
+    char* point = &points[meeting & 1];
+    publish(point);
+    yield(why);
+    observe(point);
+}
+
+void Barrier::come(Fiber* fiber) {
+    asleep.push_back(fiber);
+    if (asleep.size() < threads) return;
+    ++meeting;
+    wake(asleep);
+}
+
+void Barrier::end() {
+    whole = false;
+    if (!asleep.empty()) stop("a thread ended without a barrier that others of its block or cluster wait at");
+}
+
 long setting(const char* name, long otherwise) {
     const char* text = std::getenv(name);
     return text ? std::atol(text) : otherwise;
 }
 
-std::unique_ptr<Block> start(dim3 index, dim3 grid, dim3 size, std::size_t shared) {
+std::unique_ptr<Block> start(dim3 index, dim3 grid, dim3 size, std::size_t shared, std::shared_ptr<Cluster> cluster) {
     auto block = std::make_unique<Block>();
     const unsigned count = size.x * size.y * size.z;
     block->memory.reset(new unsigned char[shared + 2 * guard_bytes]);
@@ -159,12 +198,16 @@ std::unique_ptr<Block> start(dim3 index, dim3 grid, dim3 size, std::size_t share
     __asan_poison_memory_region(block->memory.get(), guard_bytes);
     __asan_poison_memory_region(memory + shared, guard_bytes);
 #endif
-    block->alive = count;
+    block->alive = block->barrier.threads = count;
+    block->cluster = std::move(cluster);
+    const auto rank = static_cast<int>(block->cluster->blocks++);
+    block->cluster->shared[static_cast<std::size_t>(rank)] = memory;
+    block->cluster->barrier.threads += count;
     block->warps.resize(count / 32);
     for (Warp& warp : block->warps) warp.lanes = 32;
     for (unsigned at = 0; at < count; ++at) {
         auto fiber = std::make_unique<Fiber>();
-        fiber->place = {{at % size.x, at / size.x % size.y, at / size.x / size.y}, index, size, grid, memory};
+        fiber->place = {{at % size.x, at / size.x % size.y, at / size.x / size.y}, index, size, grid, memory, rank};
         fiber->block = block.get();
         fiber->stack.reset(new unsigned char[stack_bytes]);
         fiber->strand.bottom = fiber->stack.get();
@@ -220,15 +263,16 @@ void resume(Fiber* fiber) {
 
 }  // namespace
 
-void block_sync() {
-    pauses = 0;
-    Block& block = *running->block;
-    if (block.alive != block.fibers.size()) stop("a thread waits at a barrier that one that has ended did not come to");
-    char* point = &block.points[block.barrier & 1];
-    publish(point);
-    yield(Wish::block_sync);
-    observe(point);
+void block_sync() { running->block->barrier.wait(Wish::block_sync); }
+
+unsigned char* shared_of(int rank) {
+    const auto& shared = running->block->cluster->shared;
+    const auto at = static_cast<std::size_t>(rank);
+    if (at >= shared.size() || !shared[at]) stop("a block reached for the shared memory of one that is not there");
+    return shared[at];
 }
+
+void cluster_sync() { running->block->cluster->barrier.wait(Wish::cluster_sync); }
 
 const unsigned char* exchange(const void* value, std::size_t bytes, Meeting kind) {
     if (bytes > exchange_bytes) stop("expected at most 64 bytes a lane in an exchange");
@@ -259,13 +303,17 @@ void pause() {
     yield(Wish::pause);
 }
 
-void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& kernel) {
+void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& kernel, unsigned cluster,
+         bool together) {
     const unsigned count = size.x * size.y * size.z;
     if (count == 0 || count > 1024 || size.x % 32 != 0) stop("expected blocks of 32 to 1,024 threads, whole warps");
     if (shared > 227 * 1024) stop("expected at most 227 KB of shared memory a block");
     const std::size_t blocks = static_cast<std::size_t>(grid.x) * grid.y * grid.z;
     if (blocks == 0) stop("expected a grid with at least one block, as the driver does");
-    const auto most = static_cast<std::size_t>(setting("CELLSTEP_SIMT_BLOCKS", 8));
+    if (cluster == 0 || cluster > 16 || grid.x % cluster != 0)
+        stop("expected clusters of 1 to 16 blocks and a grid of whole ones");
+    const auto room = static_cast<std::size_t>(setting("CELLSTEP_SIMT_BLOCKS", 8));
+    const std::size_t most = together ? blocks : std::max<std::size_t>(room, cluster);
     order.seed(static_cast<std::uint64_t>(setting("CELLSTEP_SIMT_SEED", 0)));
     body = &kernel;
     runnable.clear();
@@ -273,15 +321,19 @@ void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& 
 #if defined(CELLSTEP_SIMT_RACES)
     host.thread = __tsan_get_current_fiber();
 #endif
-    std::vector<unsigned> starts(blocks);
-    for (std::size_t at = 0; at < blocks; ++at) starts[at] = static_cast<unsigned>(at);
+    std::vector<unsigned> starts(blocks / cluster);
+    for (std::size_t at = 0; at < starts.size(); ++at) starts[at] = static_cast<unsigned>(at * cluster);
     if (setting("CELLSTEP_SIMT_SEED", 0) != 0) std::shuffle(starts.begin(), starts.end(), order);
     std::vector<std::unique_ptr<Block>> resident;
     std::size_t next = 0;
     for (;;) {
-        while (resident.size() < most && next < blocks) {
-            const unsigned at = starts[next++];
-            resident.push_back(start({at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y}, grid, size, shared));
+        while (resident.size() + cluster <= most && next < starts.size()) {
+            const auto group = std::make_shared<Cluster>();
+            group->shared.resize(cluster);
+            for (unsigned at = starts[next], rank = 0; rank < cluster; ++rank, ++at)
+                resident.push_back(
+                    start({at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y}, grid, size, shared, group));
+            ++next;
             publish(&begin);
         }
         if (resident.empty()) return;
@@ -296,11 +348,9 @@ void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& 
         if (wish == Wish::pause) {
             runnable.push_back(fiber);
         } else if (wish == Wish::block_sync) {
-            block->asleep.push_back(fiber);
-            if (block->asleep.size() == block->alive) {
-                ++block->barrier;
-                wake(block->asleep);
-            }
+            block->barrier.come(fiber);
+        } else if (wish == Wish::cluster_sync) {
+            block->cluster->barrier.come(fiber);
         } else if (wish == Wish::exchange) {
             warp.asleep.push_back(fiber);
             if (++warp.waiting == warp.lanes) {
@@ -314,9 +364,11 @@ void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& 
         pauses = 0;
         --warp.lanes;
         if (warp.waiting > 0) stop("a thread ended while others of its warp wait for it");
-        if (!block->asleep.empty()) stop("a thread ended without a barrier that others of its block wait at");
+        block->barrier.end();
+        block->cluster->barrier.end();
         if (--block->alive > 0) continue;
         check(*block, shared);
+        block->cluster->shared[static_cast<std::size_t>(fiber->place.cluster_rank)] = nullptr;
         for (std::size_t at = 0; at < resident.size(); ++at) {
             if (resident[at].get() != block) continue;
             resident.erase(resident.begin() + static_cast<std::ptrdiff_t>(at));

@@ -60,6 +60,7 @@ namespace simt {
 struct Place {
     dim3 thread, block, block_size, grid_size;
     unsigned char* shared;
+    int cluster_rank;
 };
 extern Place* here;
 
@@ -70,9 +71,15 @@ enum class Meeting { shuffle, sync, multiply };
 /// Gives `bytes` of this lane to the warp; the answer holds those of its 32 lanes, one behind the other, until the
 /// warp meets the next time.
 const unsigned char* exchange(const void* value, std::size_t bytes, Meeting kind = Meeting::shuffle);
+/// Of all threads of the cluster.
+void cluster_sync();
+/// Shared memory of a block of the cluster, which must not have ended.
+unsigned char* shared_of(int rank);
 /// Lets other threads run.
 void pause();
-void run(dim3 grid, dim3 block, std::size_t shared, const std::function<void()>& kernel);
+/// `cluster` blocks, neighbours in x, start together; all blocks of the grid if `together`.
+void run(dim3 grid, dim3 block, std::size_t shared, const std::function<void()>& kernel, unsigned cluster = 1,
+         bool together = false);
 
 }  // namespace simt
 
@@ -107,6 +114,14 @@ inline int load_acquire(const int* word) { return __atomic_load_n(word, __ATOMIC
 inline void store_release(int* word, int value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
 inline int fetch_add(int* word, int value) { return __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
 inline void pause() { simt::pause(); }
+
+inline int cluster_rank() { return simt::here->cluster_rank; }
+inline void cluster_sync() { simt::cluster_sync(); }
+template <class T>
+T* remote(T* shared, int rank) {
+    auto* here = reinterpret_cast<unsigned char*>(shared);
+    return reinterpret_cast<T*>(simt::shared_of(rank) + (here - simt::here->shared));
+}
 
 /// Bytes of shared memory that a block may have: that of an H100.
 inline std::size_t shared_limit() { return 227 * 1024; }
@@ -176,10 +191,23 @@ void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_
 }
 
 template <class Argument>
-const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t shared, void*,
-                   const Argument& argument) {
-    simt::run(grid, block, shared, [&] { kernel(argument); });
+const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t shared, void*, const Argument& argument,
+                   bool together = false) {
+    simt::run(grid, block, shared, [&] { kernel(argument); }, 1, together);
     return nullptr;
+}
+
+template <class Argument>
+const char* launch_clusters(void (*kernel)(Argument), unsigned cluster, dim3 grid, dim3 block, std::size_t shared,
+                            void*, const Argument& argument) {
+    simt::run(grid, block, shared, [&] { kernel(argument); }, cluster);
+    return nullptr;
+}
+
+/// As an H100 has room: one of 16 blocks in each of seven processing clusters, one of 8 in twice as many.
+template <class Argument>
+int most_clusters(void (*)(Argument), unsigned cluster, dim3, std::size_t) {
+    return cluster > 16 ? 0 : static_cast<int>(7 * (16 / cluster));
 }
 
 }  // namespace cuda

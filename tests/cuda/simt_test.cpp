@@ -66,6 +66,30 @@ void wait_for_all_blocks(Ints call) {
     while (load_acquire(call.data) != static_cast<int>(gridDim.x)) pause();
 }
 
+/// Each thread gives its number to its twin in the cluster's next block.
+template <bool synced, bool stays>
+void around_cluster(Ints call) {
+    int* shared = reinterpret_cast<int*>(shared_memory());
+    const int at = static_cast<int>(threadIdx.x), count = static_cast<int>(blockDim.x), rank = cluster_rank();
+    remote(shared, (rank + 1) % 4)[at] = static_cast<int>(blockIdx.x) * count + at;
+    if (synced) cluster_sync();
+    call.data[static_cast<int>(blockIdx.x) * count + at] = shared[at];
+    cluster_sync();
+    if (!stays) return;
+    call.data[static_cast<int>(blockIdx.x) * count + at] += remote(shared, (rank + 2) % 4)[at] * 1000;
+    cluster_sync();
+}
+
+/// Reads where another block may be through already.
+void cluster_that_ends(Ints call) {
+    int* shared = reinterpret_cast<int*>(shared_memory());
+    shared[threadIdx.x] = 1;
+    cluster_sync();
+    if (cluster_rank() != 0) return;
+    for (int turn = 0; turn < 20; ++turn) pause();
+    call.data[threadIdx.x] = remote(shared, 3)[threadIdx.x];
+}
+
 void unread_memory(Ints call) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     if (threadIdx.x != 3) shared[threadIdx.x] = 1;
@@ -199,6 +223,13 @@ int main(int, char** arguments) {
         go(rotate<true>, blocks, threads);
         for (int at = 0; at < blocks * threads; ++at)
             expect(data[static_cast<std::size_t>(at)] == (at + 1) % threads, "a value behind a barrier");
+        launch_clusters(around_cluster<true, true>, 4, blocks, threads, 256, nullptr, call);
+        for (int at = 0; at < blocks * threads; ++at) {
+            const int block = at / threads, first = block / 4 * 4, rank = block % 4;
+            const int before = (first + (rank + 3) % 4) * threads + at % threads;
+            const int other = (first + (rank + 1) % 4) * threads + at % threads;
+            expect(data[static_cast<std::size_t>(at)] == before + 1000 * other, "a value from another block");
+        }
         go(shuffles, 1, 32);
         for (int at = 0; at < 32; ++at) expect(data[static_cast<std::size_t>(at)] == 496 * 100 + 7, "a shuffle");
         expect(wrong_products<__half>(false) == 0, "a product of float16");
@@ -215,8 +246,14 @@ int main(int, char** arguments) {
         go(warp_barrier_only, blocks, threads);
     } else if (name == "one_word") {
         go(all_blocks_write_one_word, blocks, 32);
+    } else if (name == "no_cluster_sync") {
+        launch_clusters(around_cluster<false, false>, 4, blocks, threads, 256, nullptr, call);
+    } else if (name == "cluster_that_ends") {
+        launch_clusters(cluster_that_ends, 4, blocks, threads, 256, nullptr, call);
     } else if (name == "all_blocks") {
         go(wait_for_all_blocks, blocks, 32);
+    } else if (name == "all_blocks_together") {
+        launch(wait_for_all_blocks, blocks, 32, 256, nullptr, call, true);
     } else if (name == "unread_memory") {
         go(unread_memory, 1, threads);
         expect(data[0] == 0, "a sum of shared memory that was not written");

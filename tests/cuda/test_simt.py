@@ -42,7 +42,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return build(tmp_path_factory.mktemp("simt"), [HERE / "simt_test.cpp"], request.param), request.param
 
 
-@pytest.mark.parametrize("case", ["right", "tickets"])
+@pytest.mark.parametrize("case", ["right", "tickets", "all_blocks_together"])
 @pytest.mark.parametrize("blocks", [1, 3, 100])
 def test_right(program: tuple[Path, str], case: str, blocks: int) -> None:
     answers = [run(program[0], case, seed=seed, blocks=blocks) for seed in range(4)]
@@ -73,6 +73,11 @@ def test_planted(program: tuple[Path, str], case: str, line: str) -> None:
         assert line in answer.stderr
 
 
+def test_cluster_that_ends(program: tuple[Path, str]) -> None:
+    answers = [run(program[0], "cluster_that_ends", seed=seed) for seed in range(3)]
+    assert all("the shared memory of one that is not there" in answer.stderr for answer in answers)
+
+
 def test_order_of_blocks(program: tuple[Path, str]) -> None:
     """Blocks that count on starting in order get by with seed 0 alone."""
     assert run(program[0], "no_tickets", blocks=2).returncode == 0
@@ -82,7 +87,7 @@ def test_order_of_blocks(program: tuple[Path, str]) -> None:
 
 def test_races(program: tuple[Path, str]) -> None:
     """Missing barriers change bits from seed to seed, and the thread sanitizer names the lines."""
-    for case in ("no_sync", "warp_barrier_only", "one_word"):
+    for case in ("no_sync", "warp_barrier_only", "one_word", "no_cluster_sync"):
         answers = [run(program[0], case, seed=seed) for seed in range(4)]
         if program[1] == "thread":
             assert all("ThreadSanitizer: data race" in answer.stderr for answer in answers), case

@@ -114,6 +114,27 @@ __device__ inline T from_float(double x) {
     return static_cast<T>(x);
 }
 
+// A cluster is a group of blocks whose shared memory is one another's (compute capability 9.0 on).
+
+__device__ inline int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+/// Behind it, what any thread of the cluster wrote before is seen by all.
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/// The same place in the shared memory of the cluster's block `rank`.
+template <class T>
+__device__ inline T* remote(T* shared, int rank) {
+    std::uint64_t address;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<std::uint64_t>(shared)), "r"(rank));
+    return reinterpret_cast<T*>(address);
+}
+
 /// Bytes of shared memory that a block may have on the current device.
 inline std::size_t shared_limit() {
     int device = 0, bytes = 48 * 1024;
@@ -122,19 +143,65 @@ inline std::size_t shared_limit() {
     return static_cast<std::size_t>(bytes);
 }
 
-/// Starts a kernel of one argument; `shared` bytes of dynamic shared memory, more than 48 KB too. Returns null, or what
-/// the driver says.
+/// Starts a kernel of one argument; `shared` bytes of dynamic shared memory, more than 48 KB too; `together`: with the
+/// promise that all blocks run at once, so that they may wait for one another. Returns null, or what the driver says.
 template <class Argument>
 const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t shared, void* stream,
-                   const Argument& argument) {
+                   const Argument& argument, bool together = false) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    void* arguments[] = {const_cast<Argument*>(&argument)};
     cudaError_t error = cudaSuccess;
     if (shared > 48 * 1024)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error == cudaSuccess) {
-        kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)> > >(argument);
-        error = cudaPeekAtLastError();
-    }
+        error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const auto queue = static_cast<cudaStream_t>(stream);
+    if (error == cudaSuccess)
+        error = together ? cudaLaunchCooperativeKernel(function, grid, block, arguments, shared, queue)
+                         : cudaLaunchKernel(function, grid, block, arguments, shared, queue);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class Argument>
+cudaError_t prepare_clusters(void (*kernel)(Argument), unsigned cluster, dim3 grid, dim3 block, std::size_t shared,
+                             void* stream, cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute) {
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error == cudaSuccess && cluster > 8)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return error;
+}
+
+/// As launch, `cluster` blocks that are neighbours in x making a cluster, of up to 16.
+template <class Argument>
+const char* launch_clusters(void (*kernel)(Argument), unsigned cluster, dim3 grid, dim3 block, std::size_t shared,
+                            void* stream, const Argument& argument) {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute;
+    cudaError_t error = prepare_clusters(kernel, cluster, grid, block, shared, stream, config, attribute);
+    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, argument);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+/// Clusters that the device has room for at once.
+template <class Argument>
+int most_clusters(void (*kernel)(Argument), unsigned cluster, dim3 block, std::size_t shared) {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute;
+    int count = 0;
+    if (prepare_clusters(kernel, cluster, dim3(cluster), block, shared, nullptr, config, attribute) != cudaSuccess ||
+        cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+        cudaGetLastError();
+        return 0;
+    }
+    return count;
 }
 
 }  // namespace cuda
