@@ -448,8 +448,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     if (steps > 0) token_now = tile.token(time_of(0));
     if (steps > 1) token_next = tile.token(time_of(1));
     if (fused) {
-        for (int step = 0; step < 3; ++step) wait(step);
-        wait(min(3, steps - 1));
+        for (int step = 0; step < 4; ++step) wait(step);
         block_sync();
         for (int step = 0; step < 2 && step < steps; ++step) copy_x(step, 0);
         if (steps > 2) load_x(2, tile.token(time_of(2)));
@@ -630,19 +629,6 @@ using MiddleForward = Layout<T, 2, 3, 3, 12>;
 template <class T>
 using LargeForward = Layout<T, 4, 4, 0, 8>;
 
-/// Dynamic shared memory of a block at most, of the current device.
-int shared_limit() {
-#if defined(CELLSTEP_EMULATED)
-    return 227 * 1024;
-#else
-    int device = 0, bytes = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-        return 0;
-    return bytes;
-#endif
-}
-
 bool is_half(DataType type) { return type == DataType::float16 || type == DataType::bfloat16; }
 
 /// Passes of 8 rows a block: as few as let all blocks be on the chip at once.
@@ -681,7 +667,7 @@ bool make_plan(const Forward& call, ForwardPlan* plan) {
         plan->fragments_at = plan->x_at + 3 * rows * plan->x_stride;
         plan->shared = plan->fragments_at + kept_apart * slot_bytes;
         plan->tiles = (call.steps.batch + rows - 1) / rows;
-        if (plan->shared <= shared_limit()) return true;
+        if (static_cast<std::size_t>(plan->shared) <= shared_limit()) return true;
     }
     return false;
 }
@@ -979,7 +965,7 @@ bool make_plan(const Backward& call, BackwardPlan* plan) {
         plan->fragments_at = plan->values_at + 2 * rows * plan->stride;
         plan->shared = plan->fragments_at + kept_apart * slot_bytes;
         plan->tiles = (call.steps.batch + rows - 1) / rows;
-        if (plan->shared <= shared_limit()) return true;
+        if (static_cast<std::size_t>(plan->shared) <= shared_limit()) return true;
     }
     return false;
 }
