@@ -57,7 +57,8 @@ struct Array {
 using Expected = std::vector<double>;
 
 template <class T>
-void compare(const Case& c, const char* what, Array<T>& found, const Expected& expected, double tolerance) {
+void compare(const Case& c, const char* what, Array<T>& found, const Expected& expected, double tolerance,
+             double share = 0.03) {
     double largest = 0;
     for (const double x : expected) largest = std::fmax(largest, std::fabs(x));
     long others = 0;
@@ -70,7 +71,7 @@ void compare(const Case& c, const char* what, Array<T>& found, const Expected& e
         if (std::fabs(value - right) > tolerance * (1 + largest)) fail(c, what, place, value, right);
         if (value != rounded<T>(right)) ++others;
     }
-    if (static_cast<double>(others) > 4 + 0.03 * static_cast<double>(expected.size()))
+    if (static_cast<double>(others) > 4 + share * static_cast<double>(expected.size()))
         fail(c, what, -1, static_cast<double>(others), 0);
     if (!std::isnan(found[static_cast<long>(expected.size())])) fail(c, what, -2, 0, 0);
 }
@@ -354,9 +355,10 @@ void backward(const Case& c, DataType type, unsigned seed, bool few) {
             for (long u = 0; u < H; ++u) e_h[place + u] = dh[u], e_c[place + u] = dc[u];
         }
     const double tolerance = type == DataType::float16 ? 2e-3 : 1.6e-2;
-    compare(c, "grad_sums", grad_sums, e_sums, tolerance);
-    compare(c, "grad_h", grad_h, e_h, tolerance);
-    compare(c, "grad_c", grad_c, e_c, tolerance);
+    const double share = 0.1;  // small gradients, whose roundings are as fine as the error of the sums, are many
+    compare(c, "grad_sums", grad_sums, e_sums, tolerance, share);
+    compare(c, "grad_h", grad_h, e_h, tolerance, share);
+    compare(c, "grad_c", grad_c, e_c, tolerance, share);
     ++cases;
 }
 

@@ -13,10 +13,12 @@ namespace cellstep {
 namespace cuda {
 namespace {
 
-constexpr int most_passes = 4;    // of 8 rows each
+constexpr int most_passes = 4;  // of 8 rows each
+constexpr int arrays_at = 128;  // in shared memory, behind the lengths of the rows
+constexpr int header_bytes = 256;
 constexpr int block_bytes = 64;   // of a k-block in a row of values
 constexpr int slot_bytes = 2048;  // of the weights of a k-block for 32 rows of the product: 4 fragments
-constexpr int ahead_words = 4;    // of an input step that a thread holds while they come
+constexpr int ahead_words = 8;    // of input that a thread holds while they come
 
 template <class Word>
 __device__ inline Word read(const void* from) {
@@ -36,6 +38,14 @@ __device__ inline std::uint32_t pair_of(T low, T high) {
     memcpy(&bits[0], &low, 2);
     memcpy(&bits[1], &high, 2);
     return bits[0] | static_cast<std::uint32_t>(bits[1]) << 16;
+}
+
+template <class T>
+__device__ inline T from_bits(std::uint32_t bits) {
+    const auto low = static_cast<std::uint16_t>(bits);
+    T value;
+    memcpy(&value, &low, 2);
+    return value;
 }
 
 template <class T>
@@ -181,6 +191,20 @@ __device__ inline void clear_past(T* array, const Tile& tile, int longest, int w
 /// and o. A lane then holds all four gates of one unit for two rows of the batch, and updates their cells by itself.
 /// k-blocks: those of h, then those of the input.
 
+/// Where a stage's arrays begin, kept in shared memory: registers are for weights.
+template <class T>
+struct ForwardArrays {
+    const T* x;
+    const T* sums;
+    T* y;
+    T* gates;  // null, as cells
+    T* cells;
+    T* h_n;
+    T* c_n;
+    int seen[2];  // how far the layer before was, at the last look
+    int role;
+};
+
 struct ForwardPlan {
     Forward call;
     int groups;
@@ -273,23 +297,23 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     using T = typename L::Type;
     const Forward& call = plan.call;
     unsigned char* const memory = shared_memory();
-    int* const words = reinterpret_cast<int*>(memory);  // lengths, then the role
+    auto& arrays = *reinterpret_cast<ForwardArrays<T>*>(memory + arrays_at);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int q = lane % 4, H = call.hidden_size;
     const bool waits = call.layers > 1;
 
     // Blocks that others wait for have begun before them, whatever order the device starts blocks in.
     if (waits) {
-        if (thread == 0) words[32] = fetch_add(call.progress, 1);
+        if (thread == 0) arrays.role = fetch_add(call.progress, 1);
         block_sync();
     }
-    const int role = waits ? words[32] : static_cast<int>(blockIdx.x);
+    const int role = waits ? arrays.role : static_cast<int>(blockIdx.x);
     const int stage = role / plan.tiles, tile_number = role % plan.tiles;
     const int layer = stage / call.directions, direction = stage % call.directions;
     const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
     const StageWeights& weights = call.stages[stage];
     const int rows = plan.passes * 8;
-    const Tile tile = {call.steps, tile_number * rows, rows, words};
+    const Tile tile = {call.steps, tile_number * rows, rows, reinterpret_cast<int*>(memory)};
     const int steps = tile.longest();
     const auto time_of = [&](int step) { return backwards ? steps - 1 - step : step; };
 
@@ -297,16 +321,20 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     const int columns = fused ? (layer == 0 ? call.input_size : call.directions * H) : 0;
     const int h_blocks = (H + 31) / 32, blocks = h_blocks + (columns + 31) / 32;
     const int width = call.directions * H;
-    const std::int64_t between = call.steps.tokens * width;
-    const T* const x =
-        static_cast<const T*>(layer == 0 ? call.x : call.outputs) + (layer > 1 ? (layer - 1) * between : 0);
-    T* const y = static_cast<T*>(layer == call.layers - 1 ? call.y : call.outputs) +
-                 (layer == call.layers - 1 ? 0 : layer * between) + direction * H;
-    const T* const sums_in = fused ? nullptr : static_cast<const T*>(call.sums) + stage * call.steps.tokens * 4 * H;
-    T* const gates = call.gates ? static_cast<T*>(call.gates) + stage * call.steps.tokens * 4 * H : nullptr;
-    T* const cells_out = call.cells ? static_cast<T*>(call.cells) + stage * call.steps.tokens * H : nullptr;
     const std::int64_t state = static_cast<std::int64_t>(stage) * call.steps.batch * H;
     const bool zeros_past = call.steps.lengths != nullptr;
+    if (thread == 0) {
+        const std::int64_t P = call.steps.tokens, between = P * width;
+        arrays.x = static_cast<const T*>(layer == 0 ? call.x : call.outputs) + (layer > 1 ? (layer - 1) * between : 0);
+        arrays.sums = fused ? nullptr : static_cast<const T*>(call.sums) + stage * P * 4 * H;
+        arrays.y = static_cast<T*>(layer == call.layers - 1 ? call.y : call.outputs) +
+                   (layer == call.layers - 1 ? 0 : layer * between) + direction * H;
+        arrays.gates = call.gates ? static_cast<T*>(call.gates) + stage * P * 4 * H : nullptr;
+        arrays.cells = call.cells ? static_cast<T*>(call.cells) + stage * P * H : nullptr;
+        arrays.h_n = static_cast<T*>(call.h_n) + state;
+        arrays.c_n = static_cast<T*>(call.c_n) + state;
+        arrays.seen[0] = arrays.seen[1] = 0;
+    }
 
     float4* const biases = reinterpret_cast<float4*>(memory + plan.bias_at);
     float* const cells = reinterpret_cast<float*>(memory + plan.cells_at);
@@ -366,8 +394,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                     const int length = tile.lengths[row];
                     T h_first = static_cast<const T*>(call.h)[place], c_first = static_cast<const T*>(call.c)[place];
                     if (length == 0) {
-                        static_cast<T*>(call.h_n)[place] = h_first;
-                        static_cast<T*>(call.c_n)[place] = c_first;
+                        arrays.h_n[place - state] = h_first;
+                        arrays.c_n[place - state] = c_first;
                     } else if (!backwards && call.steps.reset && tile.reset(0, row)) {
                         h_first = at_or_zero<T>(call.initial_h, stage * H + unit);
                         c_first = at_or_zero<T>(call.initial_c, stage * H + unit);
@@ -379,11 +407,11 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             }
 
     // Input steps: of step s in buffer s % 3, as the step before reads its first part ahead of the barrier.
-    const bool paired = columns % 2 == 0 && reinterpret_cast<std::uintptr_t>(x) % 4 == 0;
+    const bool paired = columns % 2 == 0 && reinterpret_cast<std::uintptr_t>(arrays.x) % 4 == 0;
     const int entries = paired ? columns / 2 : columns;  // words, or single values
     const auto find_x = [&](int row, int entry, int step, int token) -> std::uint32_t {
         if (entry >= entries || row >= rows || time_of(step) >= tile.lengths[row]) return 0;
-        const T* from = x + static_cast<std::int64_t>(token + tile.first + row) * columns;
+        const T* from = arrays.x + static_cast<std::int64_t>(token + tile.first + row) * columns;
         return paired ? read<std::uint32_t>(from + 2 * entry) : read<std::uint16_t>(from + entry);
     };
     const auto put_x = [&](int row, int entry, int step, std::uint32_t word) {
@@ -410,7 +438,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         for (int at = 0; row < rows; ++at, next_entry(row, entry))
             if (at >= skip) put_x(row, entry, step, find_x(row, entry, step, token));
     };
-    std::uint32_t coming[ahead_words];
+    std::uint32_t coming[ahead_words];  // of x, or gate sums of two rows
     const auto load_x = [&](int step, int token) {
         int row = warp, entry = lane;
 #pragma unroll
@@ -425,24 +453,23 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
 
     // One thread waits until the layer before has done what input step `step` reads; a block barrier comes before it
     // is read.
-    int* const flags = call.progress + 1;
-    int seen[2] = {0, 0};
+    const auto flag_of = [&](int of_layer, int side) {
+        return call.progress + 1 + (of_layer * call.directions + side) * plan.tiles + tile_number;
+    };
     const auto wait = [&](int step) {
         if (layer == 0 || thread != 0 || step >= steps) return;
         for (int side = 0; side < call.directions; ++side) {
             const bool side_backwards = call.directions == 2 ? side == 1 : call.reverse;
             const int need = side_backwards ? steps - time_of(step) : time_of(step) + 1;
-            const int* flag = flags + ((layer - 1) * call.directions + side) * plan.tiles + tile_number;
-            int value = side == 0 ? seen[0] : seen[1];
+            int value = arrays.seen[side];
             while (value < need) {
-                value = load_acquire(flag);
+                value = load_acquire(flag_of(layer - 1, side));
                 if (value < need) pause();
             }
-            seen[side == 0 ? 0 : 1] = value;
+            arrays.seen[side] = value;
         }
     };
     const bool tells = layer + 1 < call.layers;
-    int* const flag = flags + stage * plan.tiles + tile_number;
 
     int token_now = 0, token_next = 0, token_x = 0;
     if (steps > 0) token_now = tile.token(time_of(0));
@@ -458,17 +485,14 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
 
     const int values_at = values_place(lane, plan.h_stride), x_values_at = values_place(lane, plan.x_stride);
     float sums[2][2][4];
-    T incoming[2][4];
     const auto multiply = [&](auto unit, int first, int last, const unsigned char* values) {
         constexpr int j = decltype(unit)::value;
         constexpr int here = L::kept_of(j);
-        uint4 part[here > 0 ? here : 1];
 #pragma unroll
         for (int block = 0; block < here; ++block)
-            if (block >= first && block < last) part[block] = read<uint4>(values + (block - first) * block_bytes);
-#pragma unroll
-        for (int block = 0; block < here; ++block)
-            if (block >= first && block < last) multiply_block<T>(sums, kept[L::first_of(j) + block], part[block]);
+            if (block >= first && block < last)
+                multiply_block<T>(sums, kept[L::first_of(j) + block],
+                                  read<uint4>(values + (block - first) * block_bytes));
 #pragma unroll 2
         for (int block = max(here, first); block < last; ++block) {
             Fragments found;
@@ -482,9 +506,10 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         for (int e = 0; e < 2; ++e) {
             const int row = pass * 8 + 2 * q + e;
             const bool there = step < steps && unit < H && time_of(step) < tile.lengths[row];
-            const T* from = sums_in + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + unit;
+            const T* from = arrays.sums + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + unit;
 #pragma unroll
-            for (int gate = 0; gate < 4; ++gate) incoming[e][gate] = there ? from[gate * H] : from_float<T>(0.0f);
+            for (int gate = 0; gate < 4; ++gate)
+                coming[e * 4 + gate] = there ? read<std::uint16_t>(from + gate * H) : 0;
         }
     };
     // What of a group's sums does not hang on the step before.
@@ -509,7 +534,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
 #pragma unroll
         for (int e = 0; e < 2; ++e)
 #pragma unroll
-            for (int gate = 0; gate < 4; ++gate) sums[0][gate / 2][gate % 2 * 2 + e] += to_float(incoming[e][gate]);
+            for (int gate = 0; gate < 4; ++gate)
+                sums[0][gate / 2][gate % 2 * 2 + e] += to_float(from_bits<T>(coming[e * 4 + gate]));
         // Those of what comes behind are on their way meanwhile.
         const int after = j + 1 < mine ? pass : pass + 1;
         const bool same = after < plan.passes;
@@ -519,23 +545,24 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     const auto finish = [&](auto unit, int step, int pass) {
         constexpr int j = decltype(unit)::value;
         const int group = warp + j * plan.warps, u = group * 8 + lane / 4, t = time_of(step);
-        int length[2];
         bool fresh[2] = {false, false};  // put to the initial state before the next step
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int row = pass * 8 + 2 * q + e;
-            length[e] = tile.lengths[row];
+        if (call.steps.reset) {
             const int flagged = backwards ? t : t + 1;
-            if (call.steps.reset && flagged > 0 && flagged < length[e]) fresh[e] = tile.reset(flagged, row);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int row = pass * 8 + 2 * q + e;
+                if (flagged > 0 && flagged < tile.lengths[row]) fresh[e] = tile.reset(flagged, row);
+            }
         }
         multiply(unit, 0, h_blocks, h_buffers + (step & 1) * h_bytes + pass * 8 * plan.h_stride + values_at);
         // Late in a step, when what the step before wrote has long arrived: the release waits for it.
-        if (j == 0 && tells && thread == 0 && pass == 0 && step % 2 == 1) store_release(flag, step);
+        if (j == 0 && tells && thread == 0 && pass == 0 && step % 2 == 1)
+            store_release(flag_of(layer, direction), step);
         const float2 c_pair = read<float2>(cell_place(pass, group));
         float c_of[2] = {c_pair.x, c_pair.y};
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const int row = pass * 8 + 2 * q + e, n = tile.first + row;
+            const int row = pass * 8 + 2 * q + e, n = tile.first + row, length = tile.lengths[row];
             float a[4], h;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
@@ -545,17 +572,18 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             if (u >= H) continue;
             T h_next = from_float<T>(h);
             const std::int64_t token = token_now + n;
-            if (t < length[e]) {
-                y[token * width + u] = h_next;
-                if (gates) {
+            if (t < length) {
+                arrays.y[token * width + u] = h_next;
+                if (T* const gates = arrays.gates) {
+                    T* const cells_out = arrays.cells;
 #pragma unroll
                     for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = from_float<T>(a[gate]);
                     cells_out[token * H + u] = from_float<T>(c);
                 }
-                if (t == (backwards ? 0 : length[e] - 1)) {
-                    const std::int64_t place = state + static_cast<std::int64_t>(n) * H + u;
-                    static_cast<T*>(call.h_n)[place] = h_next;
-                    static_cast<T*>(call.c_n)[place] = from_float<T>(c);
+                if (t == (backwards ? 0 : length - 1)) {
+                    const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
+                    arrays.h_n[place] = h_next;
+                    arrays.c_n[place] = from_float<T>(c);
                 }
                 if (fresh[e]) {
                     h_next = at_or_zero<T>(call.initial_h, stage * H + u);
@@ -566,8 +594,9 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                 h_next = *h_place(step & 1, row, u);
                 if (zeros_past && n < call.steps.batch) {
                     const T zero = from_float<T>(0.0f);
-                    y[token * width + u] = zero;
-                    if (gates) {
+                    arrays.y[token * width + u] = zero;
+                    if (T* const gates = arrays.gates) {
+                        T* const cells_out = arrays.cells;
                         for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = zero;
                         cells_out[token * H + u] = zero;
                     }
@@ -606,12 +635,12 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         if (step + 1 < steps) prepare(Number<0>(), step + 1, 0);
     }
     block_sync();
-    if (tells && thread == 0) store_release(flag, steps);
+    if (tells && thread == 0) store_release(flag_of(layer, direction), steps);
 
     if (zeros_past) {
-        clear_past(y, tile, steps, H, width);
-        clear_past(gates, tile, steps, 4 * H, 4 * H);
-        clear_past(cells_out, tile, steps, H, H);
+        clear_past(arrays.y, tile, steps, H, width);
+        clear_past(arrays.gates, tile, steps, 4 * H, 4 * H);
+        clear_past(arrays.cells, tile, steps, H, H);
     }
 }
 
@@ -658,7 +687,7 @@ bool make_plan(const Forward& call, ForwardPlan* plan) {
                                                 : slots(LargeForward<__half>());
     plan->h_stride = row_bytes(h_blocks);
     plan->x_stride = x_blocks ? row_bytes(x_blocks) : 0;
-    plan->bias_at = 256;
+    plan->bias_at = header_bytes;
     plan->cells_at = plan->bias_at + plan->groups * 8 * 16;
     for (plan->passes = passes_for(call.steps.batch, stages, call.multiprocessors); plan->passes > 0; --plan->passes) {
         const int rows = plan->passes * 8;
@@ -676,6 +705,16 @@ bool make_plan(const Forward& call, ForwardPlan* plan) {
 /// Backward. dh (units, rows) = weight_hh^T dgates: a unit of work is a tile of 16 units of which a lane has two, for
 /// two rows of the batch. k is 4 u + gate, so that the lane which finds the four gradients of a unit writes 8 bytes.
 /// Fragments here are of one tile and 64 values of k: [k-block][product][word].
+
+template <class T>
+struct BackwardArrays {
+    const T* gates;
+    const T* cells;
+    const T* c;
+    const T* grad_outputs;  // null, as grad_cells
+    const T* grad_cells;
+    T* grad_sums;
+};
 
 struct BackwardPlan {
     Backward call;
@@ -743,13 +782,15 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
     const auto token_of = [&](int step) { return step < steps ? tile.token(time_of(step)) : 0; };
     const std::int64_t state = static_cast<std::int64_t>(direction) * call.steps.batch * H;
     const std::int64_t part = direction * call.steps.tokens * H;
-    const T* const gates = static_cast<const T*>(call.gates) + 4 * part;
-    const T* const cells = static_cast<const T*>(call.cells) + part;
-    const T* const c_first = static_cast<const T*>(call.c) + state;
-    const T* const grad_outputs =
-        call.grad_outputs ? static_cast<const T*>(call.grad_outputs) + direction * H : nullptr;
-    const T* const grad_cells = call.grad_cells ? static_cast<const T*>(call.grad_cells) + part : nullptr;
-    T* const grad_sums = static_cast<T*>(call.grad_sums) + 4 * part;
+    auto& arrays = *reinterpret_cast<BackwardArrays<T>*>(memory + arrays_at);
+    if (thread == 0) {
+        arrays.gates = static_cast<const T*>(call.gates) + 4 * part;
+        arrays.cells = static_cast<const T*>(call.cells) + part;
+        arrays.c = static_cast<const T*>(call.c) + state;
+        arrays.grad_outputs = call.grad_outputs ? static_cast<const T*>(call.grad_outputs) + direction * H : nullptr;
+        arrays.grad_cells = call.grad_cells ? static_cast<const T*>(call.grad_cells) + part : nullptr;
+        arrays.grad_sums = static_cast<T*>(call.grad_sums) + 4 * part;
+    }
     const int width = call.directions * H;
     const bool zeros_past = call.steps.lengths != nullptr;
 
@@ -809,15 +850,16 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
             const std::int64_t place_now = static_cast<std::int64_t>(token + n) * H + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
-                gate_of[place][gate] = there ? gates[place_now * 4 - 3 * unit + gate * H] : zero;
-            cell[place] = there ? cells[place_now] : zero;
+                gate_of[place][gate] = there ? arrays.gates[place_now * 4 - 3 * unit + gate * H] : zero;
+            cell[place] = there ? arrays.cells[place_now] : zero;
             const bool first = backwards ? t + 1 == length : t == 0;  // of the forward pass
-            const T* before = first ? c_first + static_cast<std::int64_t>(n) * H + unit
-                                    : cells + static_cast<std::int64_t>(token_next + n) * H + unit;
+            const T* before = first ? arrays.c + static_cast<std::int64_t>(n) * H + unit
+                                    : arrays.cells + static_cast<std::int64_t>(token_next + n) * H + unit;
             cell_before[place] = there ? *before : zero;
-            grad_y[place] =
-                there && grad_outputs ? grad_outputs[static_cast<std::int64_t>(token + n) * width + unit] : zero;
-            grad_cell[place] = there && grad_cells ? grad_cells[place_now] : zero;
+            grad_y[place] = there && call.grad_outputs
+                                ? arrays.grad_outputs[static_cast<std::int64_t>(token + n) * width + unit]
+                                : zero;
+            grad_cell[place] = there && call.grad_cells ? arrays.grad_cells[place_now] : zero;
         }
     };
 
@@ -894,7 +936,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                 for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
             }
             if (t < length[e] || zeros_past) {
-                T* const to = grad_sums + static_cast<std::int64_t>(token + n) * 4 * H + unit;
+                T* const to = arrays.grad_sums + static_cast<std::int64_t>(token + n) * 4 * H + unit;
 #pragma unroll
                 for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
             }
@@ -905,6 +947,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
     };
 
     int token_now = token_of(0), token_next = token_of(1), token_later = token_of(2);
+    block_sync();
     load(0, token_now, token_next, 0, warp);
     for (int step = 0; step <= steps; ++step) {
         block_sync();
@@ -925,7 +968,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         token_next = token_later;
         token_later = token_last;
     }
-    if (zeros_past) clear_past(grad_sums, tile, steps, 4 * H, 4 * H);
+    if (zeros_past) clear_past(arrays.grad_sums, tile, steps, 4 * H, 4 * H);
 }
 
 template <class L>
@@ -957,7 +1000,7 @@ bool make_plan(const Backward& call, BackwardPlan* plan) {
                            : plan->unit_tiles <= 12 ? slots(MiddleBackward<__half>())
                                                     : slots(LargeBackward<__half>());
     plan->stride = row_bytes(2 * plan->unit_tiles);
-    plan->carried_at = 256;
+    plan->carried_at = header_bytes;
     for (plan->passes = passes_for(call.steps.batch, call.directions, call.multiprocessors); plan->passes > 0;
          --plan->passes) {
         const int rows = plan->passes * 8;
