@@ -201,6 +201,7 @@ public:
 private:
     const unsigned char* bytes_ = nullptr;
     friend ImageStatus open_image(const void*, std::size_t, Image*);
+    friend ImageStatus open_records(const void*, std::size_t, std::uint64_t, Image*);
 };
 
 /// Checks everything but the values: that every access the engine will make lies inside the image. Takes well under
@@ -210,6 +211,11 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image);
 
 /// Whether a layer runs backwards in time as well, so that a sequence cannot be cut into calls.
 bool is_bidirectional(const Image& image) CELLSTEP_NONBLOCKING;
+
+/// The same of the header and the records alone, which lie in `size` bytes, of an image of `length` bytes whose data
+/// lie elsewhere: the image then has no data() and no names, and what the data say of themselves (columns of a skip,
+/// names) is not checked.
+ImageStatus open_records(const void* data, std::size_t size, std::uint64_t length, Image* image);
 
 /// Values that a caller takes.
 enum class Values { finite, any };
