@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     const int steps = tile.longest();
     const auto time_of = [&](int step) { return backwards ? steps - 1 - step : step; };
 
-    const bool fused = call.sums == nullptr;
+    const bool fused = L::units <= 2 && call.sums == nullptr;
     const int columns = fused ? (layer == 0 ? call.input_size : call.directions * H) : 0;
     const int h_blocks = (H + 31) / 32, blocks = h_blocks + (columns + 31) / 32;
     const int width = call.directions * H;
@@ -383,7 +383,9 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     }
     block_sync();  // the values of h are clear
 
-    const auto cell_place = [&](int pass, int group) { return cells + ((pass * plan.groups + group) * 32 + lane) * 2; };
+    const auto cell_place = [&](int pass, int group, int lane) {
+        return cells + ((pass * plan.groups + group) * 32 + lane) * 2;
+    };
     for (int pass = 0; pass < plan.passes; ++pass)
         for (int group = warp; group < plan.groups; group += plan.warps)
             for (int e = 0; e < 2; ++e) {
@@ -403,53 +405,66 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                     *h_place(0, row, unit) = h_first;
                     c = to_float(c_first);
                 }
-                cell_place(pass, group)[e] = c;
+                cell_place(pass, group, lane)[e] = c;
             }
 
-    // Input steps: of step s in buffer s % 3, as the step before reads its first part ahead of the barrier.
+    // Input steps: of step s in buffer s % 3, as the step before reads its first part ahead of the barrier. 16 lanes
+    // take every 16th pair of values of a row, 2 rows a warp.
     const bool paired = columns % 2 == 0 && reinterpret_cast<std::uintptr_t>(arrays.x) % 4 == 0;
-    const int entries = paired ? columns / 2 : columns;  // words, or single values
-    const auto find_x = [&](int row, int entry, int step, int token) -> std::uint32_t {
-        if (entry >= entries || row >= rows || time_of(step) >= tile.lengths[row]) return 0;
-        const T* from = arrays.x + static_cast<std::int64_t>(token + tile.first + row) * columns;
-        return paired ? read<std::uint32_t>(from + 2 * entry) : read<std::uint16_t>(from + entry);
+    const int entries = (columns + 1) / 2, most_ahead = paired ? ahead_words : ahead_words / 2;
+    const auto x_from = [&](int row, int token) {
+        return arrays.x + static_cast<std::int64_t>(token + tile.first + row) * columns;
     };
-    const auto put_x = [&](int row, int entry, int step, std::uint32_t word) {
-        if (entry >= entries || row >= rows) return;
-        const int at = paired ? entry * 4 : entry * 2;
-        unsigned char* to =
-            x_buffers + step % 3 * x_bytes + row * plan.x_stride + chunk_of(at / 16, row) * 16 + at % 16;
-        if (paired)
-            write(to, word);
-        else
-            write(to, static_cast<std::uint16_t>(word));
+    const auto x_to = [&](int row, int x_entry, int step) {
+        return x_buffers + step % 3 * x_bytes + row * plan.x_stride + chunk_of(x_entry / 4, row) * 16 + x_entry % 4 * 4;
     };
-    // A warp's rows are `warps` apart, its lanes take every 32nd entry of a row; the n-th of a thread:
-    const auto next_entry = [&](int& row, int& entry) {
-        entry += 32;
-        if (entry - lane >= entries) {
-            entry = lane;
-            row += plan.warps;
+    const auto there = [&](int row, int step) { return row < rows && time_of(step) < tile.lengths[row]; };
+    /// From the `skip`-th pair of the first row of a thread on.
+    const auto copy_x = [&](int step, int skip) {
+        const int token = tile.token(time_of(step)), again = found_anew(thread), x_entry = again % 16;
+        for (int row = again / 16; row < rows; row += 2 * plan.warps, skip = 0) {
+            const T* const from = x_from(row, token);
+            for (int at = skip; x_entry + 16 * at < entries; ++at) {
+                const int k = 2 * (x_entry + 16 * at);
+                std::uint32_t word = 0;
+                if (there(row, step))
+                    word = read<std::uint16_t>(from + k) |
+                           static_cast<std::uint32_t>(k + 1 < columns ? read<std::uint16_t>(from + k + 1) : 0) << 16;
+                write(x_to(row, x_entry, step) + block_bytes * at, word);
+            }
         }
     };
-    const auto copy_x = [&](int step, int skip) {
-        const int token = tile.token(time_of(step));
-        int row = warp, entry = lane;
-        for (int at = 0; row < rows; ++at, next_entry(row, entry))
-            if (at >= skip) put_x(row, entry, step, find_x(row, entry, step, token));
-    };
-    std::uint32_t coming[ahead_words];  // of x, or gate sums of two rows
+    std::uint32_t coming[ahead_words];  // of x, words or single values; or gate sums of two rows
     const auto load_x = [&](int step, int token) {
-        int row = warp, entry = lane;
+        const int again = found_anew(thread), x_row = again / 16, x_entry = again % 16;
+        const T* const from = x_from(x_row, token) + 2 * x_entry;
+        const int left = there(x_row, step) ? columns - 2 * x_entry : 0;
+        if (paired) {
 #pragma unroll
-        for (int at = 0; at < ahead_words; ++at, next_entry(row, entry)) coming[at] = find_x(row, entry, step, token);
+            for (int at = 0; at < ahead_words; ++at)
+                coming[at] = 32 * at < left ? read<std::uint32_t>(from + 32 * at) : 0;
+        } else {
+#pragma unroll
+            for (int at = 0; at < ahead_words; ++at)
+                coming[at] = at / 2 * 32 + at % 2 < left ? read<std::uint16_t>(from + at / 2 * 32 + at % 2) : 0;
+        }
     };
     const auto store_x = [&](int step) {
-        int row = warp, entry = lane;
+        const int again = found_anew(thread), x_row = again / 16, x_entry = again % 16;
+        if (x_row >= rows) return;
+        unsigned char* const to = x_to(x_row, x_entry, step);
+        if (paired) {
 #pragma unroll
-        for (int at = 0; at < ahead_words; ++at, next_entry(row, entry)) put_x(row, entry, step, coming[at]);
+            for (int at = 0; at < ahead_words; ++at)
+                if (x_entry + 16 * at < entries) write(to + block_bytes * at, coming[at]);
+        } else {
+#pragma unroll
+            for (int at = 0; at < ahead_words / 2; ++at)
+                if (x_entry + 16 * at < entries)
+                    write(to + block_bytes * at, coming[2 * at] | coming[2 * at + 1] << 16);
+        }
     };
-    const bool beyond = (rows + plan.warps - 1) / plan.warps * ((entries + 31) / 32) > ahead_words;
+    const bool beyond = rows > 2 * plan.warps || entries > 16 * most_ahead;
 
     // One thread waits until the layer before has done what input step `step` reads; a block barrier comes before it
     // is read.
@@ -501,6 +516,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         }
     };
     const auto load_sums = [&](int step, int token, int pass, int group) {
+        const int lane = found_anew(thread) % 32, q = lane % 4;
         const int unit = group * 8 + lane / 4;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -515,6 +531,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     // What of a group's sums does not hang on the step before.
     const auto prepare = [&](auto unit, int step, int pass) {
         constexpr int j = decltype(unit)::value;
+        if (j >= mine) return;
+        const int again = found_anew(thread), lane = again % 32, warp = again / 32;
         const float4 bias = biases[(warp + j * plan.warps) * 8 + lane / 4];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -526,7 +544,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             for (int tile_at = 0; tile_at < 2; ++tile_at) sums[1][tile_at][e] = sums[1][tile_at][2 + e] = 0.0f;
         }
         if (fused) {
-            if (L::units <= 2 && blocks > h_blocks)
+            if (blocks > h_blocks)
                 multiply(unit, h_blocks, blocks,
                          x_buffers + step % 3 * x_bytes + pass * 8 * plan.x_stride + x_values_at);
             return;
@@ -544,7 +562,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     };
     const auto finish = [&](auto unit, int step, int pass) {
         constexpr int j = decltype(unit)::value;
-        const int group = warp + j * plan.warps, u = group * 8 + lane / 4, t = time_of(step);
+        const int again = found_anew(thread), lane = again % 32, q = lane % 4;
+        const int group = again / 32 + j * plan.warps, u = group * 8 + lane / 4, t = time_of(step);
         bool fresh[2] = {false, false};  // put to the initial state before the next step
         if (call.steps.reset) {
             const int flagged = backwards ? t : t + 1;
@@ -558,7 +577,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         // Late in a step, when what the step before wrote has long arrived: the release waits for it.
         if (j == 0 && tells && thread == 0 && pass == 0 && step % 2 == 1)
             store_release(flag_of(layer, direction), step);
-        const float2 c_pair = read<float2>(cell_place(pass, group));
+        const float2 c_pair = read<float2>(cell_place(pass, group, lane));
         float c_of[2] = {c_pair.x, c_pair.y};
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -604,7 +623,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             }
             *h_place((step + 1) & 1, row, u) = h_next;
         }
-        write(cell_place(pass, group), make_float2(c_of[0], c_of[1]));
+        write(cell_place(pass, group, lane), make_float2(c_of[0], c_of[1]));
     };
 
     if (steps > 0) {
@@ -617,22 +636,25 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         if (fused) {
             if (step + 2 < steps) {
                 store_x(step + 2);
-                if (beyond) copy_x(step + 2, ahead_words);
+                if (beyond) copy_x(step + 2, most_ahead);
             }
             if (step + 3 < steps) load_x(step + 3, token_x);
             if (step + 4 < steps) token_x = tile.token(time_of(step + 4));
         }
-        for (int pass = 0; pass < plan.passes; ++pass)
+        for (int pass = 0; pass < plan.passes; ++pass) {
             each<L::units>([&](auto unit) {
                 constexpr int j = decltype(unit)::value;
-                if (j >= mine) return;
-                if (j > 0 || pass > 0) prepare(unit, step, pass);
-                finish(unit, step, pass);
+                if (j < mine) finish(unit, step, pass);
+                if (j + 1 < mine) prepare(Number<(j + 1) % L::units>(), step, pass);
             });
-        token_now = token_next;
-        token_next = token_later;
+            if (pass + 1 == plan.passes) {
+                token_now = token_next;
+                token_next = token_later;
+            }
+            if (pass + 1 < plan.passes || step + 1 < steps)
+                prepare(Number<0>(), pass + 1 < plan.passes ? step : step + 1, pass + 1 < plan.passes ? pass + 1 : 0);
+        }
         wait(step + 4);
-        if (step + 1 < steps) prepare(Number<0>(), step + 1, 0);
     }
     block_sync();
     if (tells && thread == 0) store_release(flag_of(layer, direction), steps);
@@ -821,12 +843,12 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
     }
 
     // The gradient of the cells on its way from step to step: [half of the tile][row].
-    const auto carried = [&](int pass, int at) {
+    const auto carried = [&](int pass, int at, int lane) {
         return memory + plan.carried_at + ((pass * plan.unit_tiles + at) * 32 + lane) * 16;
     };
     for (int pass = 0; pass < plan.passes; ++pass)
         for (int at = warp; at < plan.unit_tiles; at += plan.warps) {
-            write(carried(pass, at), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+            write(carried(pass, at, lane), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
             for (int place = 0; place < 4; ++place) {
                 const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
                 const int n = tile.first + row;
@@ -838,9 +860,9 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         }
 
     // What a tile reads of a step, on its way while the products before it run.
-    T gate_of[4][4], cell[4], cell_before[4], grad_y[4], grad_cell[4];
+    T gate_of[4][4], cell[4], cell_before[4], grad_y[4];
     const auto load = [&](int step, int token, int token_next, int pass, int at) {
-        const int t = time_of(step);
+        const int t = time_of(step), lane = found_anew(thread) % 32, q = lane % 4;
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
             const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
@@ -859,7 +881,6 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
             grad_y[place] = there && call.grad_outputs
                                 ? arrays.grad_outputs[static_cast<std::int64_t>(token + n) * width + unit]
                                 : zero;
-            grad_cell[place] = there && call.grad_cells ? arrays.grad_cells[place_now] : zero;
         }
     };
 
@@ -867,7 +888,8 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
     const auto work = [&](auto number, int step, int token, int pass) {
         constexpr int j = decltype(number)::value;
         constexpr int here = L::kept_of(j);
-        const int at = warp + j * plan.warps, t = time_of(step);
+        const int again = found_anew(thread), lane = again % 32, q = lane % 4;
+        const int at = again / 32 + j * plan.warps, t = time_of(step);
         bool cut[2] = {false, false};    // from the step that the sweep has just left
         bool fresh[2] = {false, false};  // the step began from the initial state
         int length[2];
@@ -897,7 +919,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                                  read<uint4>(values + pair * 2 * block_bytes + block_bytes));
             }
         }
-        const float4 dc_quad = read<float4>(carried(pass, at));
+        const float4 dc_quad = read<float4>(carried(pass, at, lane));
         float dc_of[4] = {dc_quad.x, dc_quad.y, dc_quad.z, dc_quad.w};
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
@@ -925,7 +947,9 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                                               : to_float(cell_before[place]);
                 const float tanh_c = tanh_for(to_float(cell[place]), T());
                 dh += to_float(grad_y[place]);
-                dc += dh * o * (1.0f - tanh_c * tanh_c) + to_float(grad_cell[place]);
+                dc += dh * o * (1.0f - tanh_c * tanh_c) +
+                      (call.grad_cells ? to_float(arrays.grad_cells[static_cast<std::int64_t>(token + n) * H + unit])
+                                       : 0.0f);
                 results[0] = from_float<T>(dc * g * i * (1.0f - i));
                 results[1] = from_float<T>(dc * before * f * (1.0f - f));
                 results[2] = from_float<T>(dc * i * (1.0f - g * g));
@@ -943,7 +967,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
             write(buffers + (step & 1) * buffer_bytes + row * plan.stride + chunk_of(unit / 2, row) * 16 + unit % 2 * 8,
                   make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
         }
-        write(carried(pass, at), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
+        write(carried(pass, at, lane), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
     };
 
     int token_now = token_of(0), token_next = token_of(1), token_later = token_of(2);
