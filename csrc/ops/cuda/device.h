@@ -55,6 +55,16 @@ __device__ inline void store_release(int* word, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
+/// What another block wrote and told of: read from the cache that blocks share.
+__device__ inline uint4 load_shared_cache(const unsigned char* from) {
+    uint4 value;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(from)
+                 : "memory");
+    return value;
+}
+
 /// Returns the value before.
 __device__ inline int fetch_add(int* word, int value) { return atomicAdd(word, value); }
 

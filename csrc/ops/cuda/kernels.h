@@ -99,6 +99,7 @@ struct Backward {
     void* grad_sums;           ///< (D, P, 4 H): gradient of the gate sums; zeros past a row's length
     void* grad_h;              ///< (D, N, H)
     void* grad_c;              ///< (D, N, H)
+    int* progress;             ///< progress_words zeros on the device, of the kernels that have them
     int multiprocessors;
     void* stream;
 };
@@ -119,6 +120,20 @@ std::size_t tensor_progress_words(const Forward& call);
 const char* tensor_forward(const Forward& call);
 bool tensor_fits(const Backward& call);
 const char* tensor_backward(const Backward& call);
+
+/// cluster_tensor.cu: one layer whose gate sums are given, on tensor cores, the weights of a direction over several
+/// blocks: those of a cluster (compute capability 9.0) or, to H = 2,048, any of the grid. float16, bfloat16.
+struct ClusterForm {
+    enum Exchange { any, cluster, grid };
+    Exchange exchange = any;  ///< any: as is likely fastest
+    int parts = 0;            ///< blocks that share the weights; 0: as is likely fastest; 2, 4, 8 or 16 of a cluster
+};
+bool cluster_tensor_fits(const Forward& call, ClusterForm form = {});
+std::size_t cluster_tensor_progress_words(const Forward& call, ClusterForm form = {});
+const char* cluster_tensor_forward(const Forward& call, ClusterForm form = {});
+bool cluster_tensor_fits(const Backward& call, ClusterForm form = {});
+std::size_t cluster_tensor_progress_words(const Backward& call, ClusterForm form = {});
+const char* cluster_tensor_backward(const Backward& call, ClusterForm form = {});
 
 /// rows.cu: H to 64, any number of rows: a block takes many rows through all layers. All types.
 bool rows_fits(const Forward& call);
