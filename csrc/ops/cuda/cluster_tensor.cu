@@ -1,0 +1,823 @@
+/// Recurrences too large for one block, on tensor cores, float16 and bfloat16. The weights of a direction lie over
+/// several blocks ("parts"), and a tile of rows goes through all steps with every part: each finds what its own units
+/// add and sends it to the others, whose shared memory holds the whole tile. Parts are the blocks of a cluster, which
+/// write to one another's shared memory and meet at one cluster barrier a step, or any blocks of a grid that runs at
+/// once: they send through the cache that all share, and wait for one flag a part. Tiles know nothing of one another.
+///
+/// In a part a warp has one piece of the product (8 units forward, 16 backward) and one slice of k. Slices of a piece
+/// are added in their order, each pass of 8 rows by another of the piece's warps.
+///
+/// Backward, the parts send dgates (16 bits, 4 H a row) and each finds dh of its own units from all of them. The other
+/// way, partial sums of dh in float32 from each part's own dgates, would move half the bytes through a cluster and as
+/// many through the cache, but roundings would hang on the number of parts, and the owner would add as many terms as
+/// there are parts behind the barrier, where nothing hides it. Products and exchange also stay those of the way
+/// forward.
+#include <atomic>
+
+#include "tensor.h"
+
+namespace cellstep {
+namespace cuda {
+namespace {
+
+constexpr int most_warps = 8;
+constexpr int most_cluster = 16;
+constexpr int copied_ahead = 4;  // chunks of 16 bytes that a thread holds on their way from the shared cache
+
+/// How the weights and the work lie over blocks, warps and shared memory.
+struct Spread {
+    bool grid;  // parts need not be a cluster
+    int parts;
+    int pieces;  // of a part
+    int slices;
+    int share;    // k-blocks of a slice (backward: pairs of them)
+    int passes;   // of 8 rows
+    int tiles;    // of rows
+    int slots;    // (direction, tile) at once
+    int first;    // (direction, tile) of slot 0: direction * tiles + tile
+    int stride;   // bytes of a row
+    int bias_at;  // places in shared memory, in bytes
+    int state_at;
+    int stage_at;
+    int partial_at;
+    int values_at;
+    int fragments_at;
+    int shared;
+    unsigned char* space;  // of a grid: (slots, 2, rows, stride)
+    int* flags;            // (directions * tiles, parts): steps that a part has sent
+};
+
+/// The tile's values of a step, found by all parts together.
+template <bool Clusters>
+struct Exchange {
+    const Spread& spread;
+    unsigned char* memory;
+
+    __device__ int part() const { return static_cast<int>(blockIdx.x) % spread.parts; }
+    __device__ int slot() const { return static_cast<int>(blockIdx.x) / spread.parts; }
+    __device__ int bytes() const { return spread.passes * 8 * spread.stride; }
+    /// What `meet` of that step gave.
+    __device__ unsigned char* values(int step) const {
+        return memory + spread.values_at + (Clusters ? (step & 1) * bytes() : 0);
+    }
+    __device__ unsigned char* space(int step) const {
+        return spread.space + static_cast<std::size_t>(slot() * 2 + (step & 1)) * static_cast<std::size_t>(bytes());
+    }
+    /// Puts 16 bytes at `place` of the values of step `step`, which comes next. Lanes share the parts: this one has
+    /// those from `first` on that are `apart` apart.
+    __device__ void send(int step, int place, const uint4& value, int first, int apart) const {
+        if constexpr (Clusters) {
+            unsigned char* const to = values(step) + place;
+            for (int rank = first; rank < spread.parts; rank += apart) write(remote(to, rank), value);
+        } else if (first == 0) {
+            write(space(step) + place, value);
+        }
+    }
+    /// All parts' values of step `step` are here, and those of the step before no longer needed.
+    __device__ void meet(int step) const {
+        if constexpr (Clusters) {
+            cluster_sync();
+        } else {
+            block_sync();
+            if (step == 0) return;
+            const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+            if (thread < 32) {
+                int* const flags = spread.flags + static_cast<std::size_t>(spread.first + slot()) * spread.parts;
+                if (thread == 0) store_release(flags + part(), step);
+                for (int at = thread; at < spread.parts; at += 32)
+                    while (load_acquire(flags + at) < step) pause();
+            }
+            block_sync();
+            const unsigned char* const from = space(step);
+            unsigned char* const to = values(step);
+            for (int at = thread * 16; at < bytes(); at += threads * 16 * copied_ahead) {
+                uint4 coming[copied_ahead];
+#pragma unroll
+                for (int ahead = 0; ahead < copied_ahead; ++ahead)
+                    if (at + ahead * threads * 16 < bytes())
+                        coming[ahead] = load_shared_cache(from + at + ahead * threads * 16);
+#pragma unroll
+                for (int ahead = 0; ahead < copied_ahead; ++ahead)
+                    if (at + ahead * threads * 16 < bytes()) write(to + at + ahead * threads * 16, coming[ahead]);
+            }
+            block_sync();
+        }
+    }
+};
+
+/// -----------------------------------------------------------------------------------------------------------------
+/// Forward. A piece is a group of 8 hidden units, for which a lane has all four gates of one unit for two rows.
+
+constexpr int forward_kept = 12;  // k-blocks of a warp in registers
+
+template <class T>
+struct ForwardArrays {
+    const T* sums;
+    T* y;
+    T* gates;  // null, as cells
+    T* cells;
+    T* h_n;
+    T* c_n;
+};
+
+struct ForwardPlan {
+    Forward call;
+    Spread spread;
+};
+
+template <class T, bool Clusters>
+__device__ inline void sweep(const ForwardPlan& plan) {
+    const Forward& call = plan.call;
+    const Spread& spread = plan.spread;
+    unsigned char* const memory = shared_memory();
+    const Exchange<Clusters> exchange = {spread, memory};
+    auto& arrays = *reinterpret_cast<ForwardArrays<T>*>(memory + arrays_at);
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int threads = static_cast<int>(blockDim.x);
+    const int q = lane % 4, H = call.hidden_size, batch = call.steps.batch;
+    const int direction = (spread.first + exchange.slot()) / spread.tiles;
+    const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
+    const int rows = spread.passes * 8;
+    const Tile tile = {call.steps, (spread.first + exchange.slot()) % spread.tiles * rows, rows,
+                       reinterpret_cast<int*>(memory)};
+    const int steps = tile.longest();
+    const auto time_of = [&](int step) { return backwards ? steps - 1 - step : step; };
+    const int width = call.directions * H;
+    const std::int64_t state = static_cast<std::int64_t>(direction) * batch * H;
+    const bool zeros_past = call.steps.lengths != nullptr;
+    if (thread == 0) {
+        const std::int64_t past = direction * call.steps.tokens * H;
+        arrays.sums = static_cast<const T*>(call.sums) + 4 * past;
+        arrays.y = static_cast<T*>(call.y) + direction * H;
+        arrays.gates = call.gates ? static_cast<T*>(call.gates) + 4 * past : nullptr;
+        arrays.cells = call.cells ? static_cast<T*>(call.cells) + past : nullptr;
+        arrays.h_n = static_cast<T*>(call.h_n) + state;
+        arrays.c_n = static_cast<T*>(call.c_n) + state;
+    }
+
+    // Whatever the warp's number, the compiler is to see it as one for all lanes.
+    const int piece = warp % spread.pieces, slice = warp / spread.pieces;
+    const int group = exchange.part() * spread.pieces + piece, first_unit = exchange.part() * spread.pieces * 8;
+    const int u = group * 8 + lane / 4;
+    const bool mine = group * 8 < H;
+    const int first_block = slice * spread.share;
+    const int blocks = mine ? min(spread.share, (H + 31) / 32 - first_block) : 0;
+
+    clear(exchange.values(0), exchange.bytes());
+    if (Clusters) clear(exchange.values(1), exchange.bytes());
+    const StageWeights& weights = call.stages[direction];
+    float4* const biases = reinterpret_cast<float4*>(memory + spread.bias_at);
+    for (int at = thread; at < spread.pieces * 8; at += threads) {
+        const int unit = first_unit + at;
+        float bias[4] = {};
+        for (int gate = 0; gate < 4 && unit < H; ++gate)
+            for (const WeightView* view : {&weights.bias_ih, &weights.bias_hh})
+                if (view->data)
+                    bias[gate] += to_float(static_cast<const T*>(
+                        view->data)[gate * view->gate + unit / 16 * view->panel + unit % 16 * view->unit]);
+        biases[at] = make_float4(bias[0], bias[1], bias[2], bias[3]);
+    }
+
+    Fragments kept[forward_kept];
+    unsigned char* const slots =
+        memory + spread.fragments_at + (warp * max(spread.share - forward_kept, 0) - forward_kept) * slot_bytes;
+#pragma unroll
+    for (int block = 0; block < forward_kept; ++block)
+        if (block < blocks) load_fragments<T>(kept[block], weights.weight_hh, group, H, first_block + block, H, lane);
+    for (int block = forward_kept; block < blocks; ++block) {
+        Fragments found;
+        load_fragments<T>(found, weights.weight_hh, group, H, first_block + block, H, lane);
+        write_fragments(found, slots + block * slot_bytes, lane);
+    }
+    block_sync();  // the values are clear
+
+    const auto starts_reset = [&](int row) {
+        return !backwards && call.steps.reset && tile.lengths[row] > 0 && tile.reset(0, row);
+    };
+    for (int row = warp; row < rows && tile.first + row < batch; row += threads / 32) {
+        const bool reset = starts_reset(row);
+        const T* const from = static_cast<const T*>(call.h) + state + static_cast<std::int64_t>(tile.first + row) * H;
+        unsigned char* const to = exchange.values(0) + row * spread.stride;
+        for (int unit = lane; unit < H; unit += 32)
+            write(to + chunk_of(unit / 8, row) * 16 + unit % 8 * 2,
+                  reset ? at_or_zero<T>(call.initial_h, direction * H + unit) : from[unit]);
+    }
+    const auto cell_place = [&](int pass) {
+        return memory + spread.state_at + ((pass * spread.pieces + piece) * 32 + lane) * 8;
+    };
+    for (int pass = slice; pass < spread.passes; pass += spread.slices) {
+        float c[2] = {0.0f, 0.0f};
+        for (int e = 0; e < 2; ++e) {
+            const int row = pass * 8 + 2 * q + e, n = tile.first + row;
+            if (u >= H || n >= batch) continue;
+            const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
+            T c_first = static_cast<const T*>(call.c)[state + place];
+            if (tile.lengths[row] == 0) {
+                arrays.h_n[place] = static_cast<const T*>(call.h)[state + place];
+                arrays.c_n[place] = c_first;
+            } else if (starts_reset(row)) {
+                c_first = at_or_zero<T>(call.initial_c, direction * H + u);
+            }
+            c[e] = to_float(c_first);
+        }
+        write(cell_place(pass), make_float2(c[0], c[1]));
+    }
+
+    int token_now = steps > 0 ? tile.token(time_of(0)) : 0, token_next = steps > 1 ? tile.token(time_of(1)) : 0;
+    T coming[2][4];  // gate sums that were given
+    const auto load_sums = [&](int step, int token, int pass) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = pass * 8 + 2 * q + e;
+            const bool there = pass < spread.passes && step < steps && u < H && time_of(step) < tile.lengths[row];
+            const T* from = arrays.sums + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + u;
+#pragma unroll
+            for (int gate = 0; gate < 4; ++gate) coming[e][gate] = there ? from[gate * H] : from_float<T>(0.0f);
+        }
+    };
+    const int lane_values = values_place(lane, spread.stride) + first_block * block_bytes;
+    const auto multiply = [&](float (&all)[2][4], int step, int pass) {
+        float sums[2][2][4] = {};
+        const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride + lane_values;
+#pragma unroll
+        for (int block = 0; block < forward_kept; ++block)
+            if (block < blocks) multiply_block<T>(sums, kept[block], read<uint4>(values + block * block_bytes));
+#pragma unroll 1
+        for (int block = forward_kept; block < blocks; ++block) {
+            Fragments found;
+            read_fragments(found, slots + block * slot_bytes, lane);
+            multiply_block<T>(sums, found, read<uint4>(values + block * block_bytes));
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int at = 0; at < 4; ++at) all[half][at] = sums[0][half][at] + sums[1][half][at];
+    };
+    const auto finish = [&](const float (&all)[2][4], int step, int pass) {
+        const int t = time_of(step);
+        const float2 c_pair = read<float2>(cell_place(pass));
+        float c_of[2] = {c_pair.x, c_pair.y};
+        const float4 bias = biases[piece * 8 + lane / 4];
+        float a[2][4];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            a[e][0] = all[0][e] + bias.x + to_float(coming[e][0]);
+            a[e][1] = all[0][2 + e] + bias.y + to_float(coming[e][1]);
+            a[e][2] = all[1][e] + bias.z + to_float(coming[e][2]);
+            a[e][3] = all[1][2 + e] + bias.w + to_float(coming[e][3]);
+        }
+        // Those of what comes behind are on their way meanwhile.
+        const bool same = pass + spread.slices < spread.passes;
+        load_sums(same ? step : step + 1, same ? token_now : token_next, same ? pass + spread.slices : slice);
+        unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + piece) * 128;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = pass * 8 + 2 * q + e, n = tile.first + row, length = tile.lengths[row];
+            float c = c_of[e], h;
+            update(a[e], c, h, T());
+            T h_next = from_float<T>(u < H ? h : 0.0f);
+            const std::int64_t token = token_now + n;
+            if (u < H && t < length) {
+                arrays.y[token * width + u] = h_next;
+                if (T* const gates = arrays.gates) {
+                    T* const cells_out = arrays.cells;
+#pragma unroll
+                    for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = from_float<T>(a[e][gate]);
+                    cells_out[token * H + u] = from_float<T>(c);
+                }
+                if (t == (backwards ? 0 : length - 1)) {
+                    const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
+                    arrays.h_n[place] = h_next;
+                    arrays.c_n[place] = from_float<T>(c);
+                }
+                const int flagged = backwards ? t : t + 1;  // put to the initial state before the next step
+                if (call.steps.reset && flagged > 0 && flagged < length && tile.reset(flagged, row)) {
+                    h_next = at_or_zero<T>(call.initial_h, direction * H + u);
+                    c = to_float(at_or_zero<T>(call.initial_c, direction * H + u));
+                }
+                c_of[e] = c;
+            } else if (u < H) {
+                h_next = read<T>(exchange.values(step) + row * spread.stride + chunk_of(group, row) * 16 + u % 8 * 2);
+                if (zeros_past && n < batch) {
+                    const T zero = from_float<T>(0.0f);
+                    arrays.y[token * width + u] = zero;
+                    if (T* const gates = arrays.gates) {
+                        T* const cells_out = arrays.cells;
+                        for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = zero;
+                        cells_out[token * H + u] = zero;
+                    }
+                }
+            }
+            write(stage + (2 * q + e) * 16 + lane / 4 * 2, h_next);
+        }
+        write(cell_place(pass), make_float2(c_of[0], c_of[1]));
+        if (step + 1 == steps) return;
+        warp_sync();
+        const int row = lane % 8;
+        exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(group, row) * 16,
+                      read<uint4>(stage + row * 16), lane / 8, 4);
+    };
+    const auto partial = [&](int pass, int of_slice) {
+        return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + piece) * 1024 +
+               lane * 16;
+    };
+
+    load_sums(0, token_now, slice);
+    for (int step = 0; step < steps; ++step) {
+        exchange.meet(step);
+        const int token_later = step + 2 < steps ? tile.token(time_of(step + 2)) : 0;
+        if (spread.slices == 1) {
+            for (int pass = 0; pass < spread.passes; ++pass) {
+                float all[2][4];
+                multiply(all, step, pass);
+                if (mine) finish(all, step, pass);
+            }
+        } else {
+            for (int pass = 0; pass < spread.passes; ++pass) {
+                float all[2][4];
+                multiply(all, step, pass);
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    write(partial(pass, slice) + half * 512,
+                          make_float4(all[half][0], all[half][1], all[half][2], all[half][3]));
+            }
+            block_sync();
+            for (int pass = slice; mine && pass < spread.passes; pass += spread.slices) {
+                float all[2][4] = {};
+                for (int of_slice = 0; of_slice < spread.slices; ++of_slice)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const float4 found = read<float4>(partial(pass, of_slice) + half * 512);
+                        all[half][0] += found.x;
+                        all[half][1] += found.y;
+                        all[half][2] += found.z;
+                        all[half][3] += found.w;
+                    }
+                finish(all, step, pass);
+            }
+        }
+        token_now = token_next;
+        token_next = token_later;
+    }
+
+    // Nothing is sent behind the last meeting: no part writes to one that may have ended.
+    if (zeros_past && first_unit < H) {
+        const int units = min(spread.pieces * 8, H - first_unit);
+        clear_past(arrays.y + first_unit, tile, steps, units, width);
+        for (int gate = 0; gate < 4 && arrays.gates; ++gate)
+            clear_past(arrays.gates + gate * H + first_unit, tile, steps, units, 4 * H);
+        if (arrays.cells) clear_past(arrays.cells + first_unit, tile, steps, units, H);
+    }
+}
+
+/// -----------------------------------------------------------------------------------------------------------------
+/// Backward. A piece is a tile of 16 units, of which a lane has two for two rows; k is 4 u + gate.
+
+constexpr int backward_kept = 11;  // pairs of k-blocks of a warp in registers
+
+struct BackwardPlan {
+    Backward call;
+    Spread spread;
+};
+
+template <class T, bool Clusters>
+__device__ inline void sweep(const BackwardPlan& plan) {
+    const Backward& call = plan.call;
+    const Spread& spread = plan.spread;
+    unsigned char* const memory = shared_memory();
+    const Exchange<Clusters> exchange = {spread, memory};
+    auto& arrays = *reinterpret_cast<BackwardArrays<T>*>(memory + arrays_at);
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int q = lane % 4, H = call.hidden_size, batch = call.steps.batch;
+    const int direction = (spread.first + exchange.slot()) / spread.tiles;
+    const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
+    const int rows = spread.passes * 8;
+    const Tile tile = {call.steps, (spread.first + exchange.slot()) % spread.tiles * rows, rows,
+                       reinterpret_cast<int*>(memory)};
+    const int steps = tile.longest();
+    const auto time_of = [&](int step) { return backwards ? step : steps - 1 - step; };
+    const auto token_of = [&](int step) { return step < steps ? tile.token(time_of(step)) : 0; };
+    const std::int64_t state = static_cast<std::int64_t>(direction) * batch * H;
+    if (thread == 0) {
+        const std::int64_t past = direction * call.steps.tokens * H;
+        arrays.gates = static_cast<const T*>(call.gates) + 4 * past;
+        arrays.cells = static_cast<const T*>(call.cells) + past;
+        arrays.c = static_cast<const T*>(call.c) + state;
+        arrays.grad_outputs = call.grad_outputs ? static_cast<const T*>(call.grad_outputs) + direction * H : nullptr;
+        arrays.grad_cells = call.grad_cells ? static_cast<const T*>(call.grad_cells) + past : nullptr;
+        arrays.grad_sums = static_cast<T*>(call.grad_sums) + 4 * past;
+    }
+    const int width = call.directions * H;
+    const bool zeros_past = call.steps.lengths != nullptr;
+
+    const int piece = warp % spread.pieces, slice = warp / spread.pieces;
+    const int at = exchange.part() * spread.pieces + piece, first_unit = exchange.part() * spread.pieces * 16;
+    const bool mine = at * 16 < H;
+    const int first_pair = slice * spread.share;
+    const int pairs = mine ? min(spread.share, (H + 15) / 16 - first_pair) : 0;
+
+    Fragments kept[backward_kept];
+    unsigned char* const slots =
+        memory + spread.fragments_at + (warp * max(spread.share - backward_kept, 0) - backward_kept) * slot_bytes;
+#pragma unroll
+    for (int pair = 0; pair < backward_kept; ++pair)
+        if (pair < pairs) load_transposed<T>(kept[pair], call.weight_hh[direction], at, first_pair + pair, H, lane);
+    for (int pair = backward_kept; pair < pairs; ++pair) {
+        Fragments found;
+        load_transposed<T>(found, call.weight_hh[direction], at, first_pair + pair, H, lane);
+        write_fragments(found, slots + pair * slot_bytes, lane);
+    }
+
+    // The gradient of the cells on its way from step to step: [half of the tile][row].
+    const auto carried = [&](int pass) {
+        return memory + spread.state_at + ((pass * spread.pieces + piece) * 32 + lane) * 16;
+    };
+    for (int pass = slice; pass < spread.passes; pass += spread.slices) {
+        write(carried(pass), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+        for (int place = 0; place < 4; ++place) {
+            const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
+            const int n = tile.first + row;
+            if (unit >= H || n >= batch || tile.lengths[row] > 0) continue;
+            const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
+            static_cast<T*>(call.grad_h)[where] = at_or_zero<T>(call.grad_h_n, where);
+            static_cast<T*>(call.grad_c)[where] = at_or_zero<T>(call.grad_c_n, where);
+        }
+    }
+
+    // What a tile reads of a step, on its way while the products before it run.
+    T gate_of[4][4], cell[4], cell_before[4], grad_y[4], grad_cell[4];
+    const auto load = [&](int step, int token, int token_next, int pass) {
+        const int t = time_of(step);
+#pragma unroll
+        for (int place = 0; place < 4; ++place) {
+            const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
+            const int n = tile.first + row, length = pass < spread.passes ? tile.lengths[row] : 0;
+            const T zero = from_float<T>(0.0f);
+            const bool there = step < steps && unit < H && t < length;
+            const std::int64_t place_now = static_cast<std::int64_t>(token + n) * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; ++gate)
+                gate_of[place][gate] = there ? arrays.gates[place_now * 4 - 3 * unit + gate * H] : zero;
+            cell[place] = there ? arrays.cells[place_now] : zero;
+            const bool first = backwards ? t + 1 == length : t == 0;  // of the forward pass
+            const T* before = first ? arrays.c + static_cast<std::int64_t>(n) * H + unit
+                                    : arrays.cells + static_cast<std::int64_t>(token_next + n) * H + unit;
+            cell_before[place] = there ? *before : zero;
+            grad_y[place] = there && call.grad_outputs
+                                ? arrays.grad_outputs[static_cast<std::int64_t>(token + n) * width + unit]
+                                : zero;
+            grad_cell[place] = there && call.grad_cells ? arrays.grad_cells[place_now] : zero;
+        }
+    };
+
+    const int lane_values = values_place(lane, spread.stride) + first_pair * 2 * block_bytes;
+    const auto multiply = [&](float (&dh_of)[4], int step, int pass) {
+        float sums[2][2][4] = {};
+        if (step > 0) {
+            const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride + lane_values;
+#pragma unroll
+            for (int pair = 0; pair < backward_kept; ++pair)
+                if (pair < pairs)
+                    multiply_pair<T>(sums, kept[pair], read<uint4>(values + pair * 2 * block_bytes),
+                                     read<uint4>(values + pair * 2 * block_bytes + block_bytes));
+#pragma unroll 1
+            for (int pair = backward_kept; pair < pairs; ++pair) {
+                Fragments found;
+                read_fragments(found, slots + pair * slot_bytes, lane);
+                multiply_pair<T>(sums, found, read<uint4>(values + pair * 2 * block_bytes),
+                                 read<uint4>(values + pair * 2 * block_bytes + block_bytes));
+            }
+        }
+#pragma unroll
+        for (int place = 0; place < 4; ++place)
+            dh_of[place] = (sums[0][0][place] + sums[0][1][place]) + (sums[1][0][place] + sums[1][1][place]);
+    };
+    const auto finish = [&](const float (&dh_of)[4], int step, int token, int pass) {
+        const int t = time_of(step);
+        bool cut[2] = {false, false};    // from the step that the sweep has just left
+        bool fresh[2] = {false, false};  // the step began from the initial state
+        int length[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = pass * 8 + 2 * q + e;
+            length[e] = tile.lengths[row];
+            if (!call.steps.reset) continue;
+            const int behind = backwards ? t : t + 1, before = backwards ? t + 1 : t;
+            if (behind < length[e] && (!backwards || behind > 0)) cut[e] = tile.reset(behind, row);
+            if (before >= 0 && before < length[e]) fresh[e] = tile.reset(before, row);
+        }
+        const float4 dc_quad = read<float4>(carried(pass));
+        float dc_of[4] = {dc_quad.x, dc_quad.y, dc_quad.z, dc_quad.w};
+        unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + piece) * 1024;
+        // Chunks of a row change places, so that lanes of four rows meet different banks.
+        const auto stage_place = [&](int row, int chunk) { return stage + row * 128 + (chunk ^ (row & 6)) * 16; };
+#pragma unroll
+        for (int place = 0; place < 4; ++place) {
+            const int e = place % 2, unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + e;
+            const int n = tile.first + row;
+            const bool exists = unit < H && n < batch;
+            const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
+            float dh = cut[e] ? 0.0f : dh_of[place], dc = cut[e] ? 0.0f : dc_of[place];
+            if (exists && length[e] > 0 && (backwards ? t == length[e] : step == steps)) {
+                static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
+                static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
+            }
+            if (step == steps) continue;
+            T results[4];
+            if (exists && t < length[e]) {
+                if (backwards ? t == 0 : t == length[e] - 1) {
+                    dh = to_float(at_or_zero<T>(call.grad_h_n, where));
+                    dc = to_float(at_or_zero<T>(call.grad_c_n, where));
+                }
+                const float i = to_float(gate_of[place][0]), f = to_float(gate_of[place][1]);
+                const float g = to_float(gate_of[place][2]), o = to_float(gate_of[place][3]);
+                const float before = fresh[e] ? to_float(at_or_zero<T>(call.initial_c, direction * H + unit))
+                                              : to_float(cell_before[place]);
+                const float tanh_c = tanh_for(to_float(cell[place]), T());
+                dh += to_float(grad_y[place]);
+                dc += dh * o * (1.0f - tanh_c * tanh_c) + to_float(grad_cell[place]);
+                results[0] = from_float<T>(dc * g * i * (1.0f - i));
+                results[1] = from_float<T>(dc * before * f * (1.0f - f));
+                results[2] = from_float<T>(dc * i * (1.0f - g * g));
+                results[3] = from_float<T>(dh * tanh_c * o * (1.0f - o));
+                dc_of[place] = dc * f;
+            } else {
+#pragma unroll
+                for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
+            }
+            if (exists && (t < length[e] || zeros_past)) {
+                T* const to = arrays.grad_sums + static_cast<std::int64_t>(token + n) * 4 * H + unit;
+#pragma unroll
+                for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
+            }
+            write(stage_place(2 * q + e, (lane / 4 + place / 2 * 8) / 2) + unit % 2 * 8,
+                  make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
+        }
+        if (step == steps) return;
+        write(carried(pass), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
+        warp_sync();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = lane / 8 + half * 4, chunk = lane % 8;
+            exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(at * 8 + chunk, row) * 16,
+                          read<uint4>(stage_place(row, chunk)), 0, 1);
+        }
+    };
+    const auto partial = [&](int pass, int of_slice) {
+        return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + piece) * 512 +
+               lane * 16;
+    };
+
+    int token_now = token_of(0), token_next = token_of(1), token_later = token_of(2);
+    block_sync();
+    load(0, token_now, token_next, slice);
+    // Step 0 reads no values: the first meeting is that all parts have begun.
+    for (int step = 0; step <= steps; ++step) {
+        exchange.meet(step);
+        const int token_last = token_of(step + 3);
+        const auto finish_and_load = [&](const float (&dh_of)[4], int pass) {
+            finish(dh_of, step, token_now, pass);
+            const bool same = pass + spread.slices < spread.passes;
+            load(same ? step : step + 1, same ? token_now : token_next, same ? token_next : token_later,
+                 same ? pass + spread.slices : slice);
+        };
+        if (spread.slices == 1) {
+            for (int pass = 0; pass < spread.passes; ++pass) {
+                float dh_of[4];
+                multiply(dh_of, step, pass);
+                if (mine) finish_and_load(dh_of, pass);
+            }
+        } else {
+            for (int pass = 0; pass < spread.passes; ++pass) {
+                float dh_of[4];
+                multiply(dh_of, step, pass);
+                write(partial(pass, slice), make_float4(dh_of[0], dh_of[1], dh_of[2], dh_of[3]));
+            }
+            block_sync();
+            for (int pass = slice; mine && pass < spread.passes; pass += spread.slices) {
+                float dh_of[4] = {};
+                for (int of_slice = 0; of_slice < spread.slices; ++of_slice) {
+                    const float4 found = read<float4>(partial(pass, of_slice));
+                    dh_of[0] += found.x;
+                    dh_of[1] += found.y;
+                    dh_of[2] += found.z;
+                    dh_of[3] += found.w;
+                }
+                finish_and_load(dh_of, pass);
+            }
+        }
+        token_now = token_next;
+        token_next = token_later;
+        token_later = token_last;
+    }
+    if (zeros_past && first_unit < H)
+        for (int gate = 0; gate < 4; ++gate)
+            clear_past(arrays.grad_sums + gate * H + first_unit, tile, steps, min(spread.pieces * 16, H - first_unit),
+                       4 * H);
+}
+
+/// -----------------------------------------------------------------------------------------------------------------
+/// Starting them.
+
+template <class Plan, class T, bool Clusters>
+__global__ void __launch_bounds__(32 * most_warps, 1) kernel(const __grid_constant__ Plan plan) {
+#if !defined(CELLSTEP_EMULATED) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    if constexpr (!Clusters) sweep<T, false>(plan);
+#else
+    sweep<T, Clusters>(plan);
+#endif
+}
+
+/// What a plan needs to know of a sweep, in bytes if nothing else is said.
+struct Sizes {
+    int pieces;  // of the whole product
+    int blocks;  // units of k of a piece that have 32 rows of product, 2,048 bytes of weights and four products
+    int kept;    // of these in a warp's registers
+    int stride;  // of a row of values
+    int bias;    // of a piece
+    int state;   // of a piece and pass, as the following
+    int stage;
+    int partial;  // for each slice
+};
+
+Sizes sizes_of(const Forward& call) {
+    const int H = call.hidden_size, blocks = (H + 31) / 32;
+    return {(H + 7) / 8, blocks, forward_kept, row_bytes(blocks), 128, 256, 128, 1024};
+}
+
+Sizes sizes_of(const Backward& call) {
+    const int tiles = (call.hidden_size + 15) / 16;
+    return {tiles, tiles, backward_kept, row_bytes(2 * tiles), 0, 512, 1024, 512};
+}
+
+/// Clusters that are on the chip at once; asked once for each size and kind of device, as asking takes microseconds.
+template <class Plan, class T>
+int clusters_at_once(int parts, int multiprocessors) {
+    static std::atomic<int> known[most_cluster + 1];  // multiprocessors and the answer
+    int found = known[parts].load(std::memory_order_relaxed);
+    if (found >> 10 != multiprocessors) {
+        found = multiprocessors << 10 | most_clusters(kernel<Plan, T, true>, static_cast<unsigned>(parts),
+                                                      dim3(32 * most_warps), shared_limit());
+        known[parts].store(found, std::memory_order_relaxed);
+    }
+    return found & 1023;
+}
+
+constexpr int up(int a, int b) { return (a + b - 1) / b; }
+
+/// Lays a sweep over `parts` blocks. False if it does not fit.
+bool lay(const Sizes& sizes, std::size_t limit, Spread* spread) {
+    spread->pieces = up(sizes.pieces, spread->parts);
+    if (spread->pieces > most_warps) return false;
+    spread->slices = 1;
+    while (2 * spread->slices * spread->pieces <= most_warps && spread->slices < sizes.blocks) spread->slices *= 2;
+    spread->share = up(sizes.blocks, spread->slices);
+    spread->stride = sizes.stride;
+    const int warps = spread->pieces * spread->slices, each_pass = spread->pieces * spread->passes;
+    spread->bias_at = header_bytes;
+    spread->state_at = spread->bias_at + spread->pieces * sizes.bias;
+    spread->stage_at = spread->state_at + each_pass * sizes.state;
+    spread->partial_at = spread->stage_at + each_pass * sizes.stage;
+    spread->values_at = spread->partial_at + (spread->slices > 1 ? each_pass * spread->slices * sizes.partial : 0);
+    spread->fragments_at = spread->values_at + (spread->grid ? 1 : 2) * spread->passes * 8 * spread->stride;
+    const int apart = spread->share > sizes.kept ? spread->share - sizes.kept : 0;
+    const std::int64_t shared = spread->fragments_at + static_cast<std::int64_t>(warps) * apart * slot_bytes;
+    spread->shared = static_cast<int>(shared);
+    return shared <= static_cast<std::int64_t>(limit);
+}
+
+/// Cycles of a step, roughly: what decides between spreads that fit. Products of a warp scheduler, 8 cycles each, run
+/// beside what shared memory moves, 128 bytes a cycle; the rest follows one behind the other.
+std::int64_t cycles_of(const Sizes& sizes, const Spread& spread) {
+    const int warps = spread.pieces * spread.slices, apart = spread.share > sizes.kept ? spread.share - sizes.kept : 0;
+    const int products = up(warps, 4) * spread.share * 4 * 8, moved = warps * (spread.share * 4 + apart * 16);
+    const std::int64_t values = static_cast<std::int64_t>(spread.passes) * 8 * sizes.stride;
+    const int meeting = spread.grid ? 2000 : 500;
+    return spread.passes * (products > moved ? products : moved) + values / (spread.grid ? 48 : 32) + meeting +
+           up(spread.passes, spread.slices) * 250 + (spread.slices > 1 ? 100 : 0);
+}
+
+bool within(const Forward& call) { return call.layers == 1 && call.sums; }
+bool within(const Backward&) { return true; }
+
+template <class Plan, class T, class Call>
+bool make_plan(const Call& call, const ClusterForm& form, Plan* plan) {
+    const int H = call.hidden_size, D = call.directions, batch = call.steps.batch;
+    if (!is_half(call.type) || H < 1 || H > 2048 || D < 1 || D > 2 || call.steps.tokens > 0x7fffffff || !within(call))
+        return false;
+    plan->call = call;
+    const Sizes sizes = sizes_of(call);
+    const std::size_t limit = shared_limit();
+    std::int64_t least = -1;
+    const auto consider = [&](bool grid, int parts) {
+        for (int passes = 1; passes <= most_passes && (passes == 1 || passes <= up(batch, 8)); ++passes) {
+            Spread spread = {};
+            spread.grid = grid;
+            spread.parts = parts;
+            spread.passes = passes;
+            spread.tiles = up(batch, 8 * passes);
+            spread.slots = D * spread.tiles;
+            if (!lay(sizes, limit, &spread)) return;
+            const int room =
+                grid ? call.multiprocessors / parts : clusters_at_once<Plan, T>(parts, call.multiprocessors);
+            if (room < 1) return;
+            // A cluster that has ended makes room for the next; all blocks of a grid must run at once.
+            const int turns = up(spread.slots, room);
+            if (grid && spread.slots > room) spread.slots = room;
+            const std::int64_t cycles = cycles_of(sizes, spread) * turns;
+            if (least >= 0 && cycles >= least) continue;
+            least = cycles;
+            plan->spread = spread;
+        }
+    };
+    const bool with_clusters = form.exchange != ClusterForm::grid, with_grid = form.exchange != ClusterForm::cluster;
+    for (int parts = 2; parts <= most_cluster && with_clusters; parts *= 2)
+        if (form.parts == 0 || form.parts == parts) consider(false, parts);
+    if (with_grid && form.parts > 0) consider(true, form.parts);
+    for (int pieces = 1; pieces <= most_warps && with_grid && form.parts == 0; ++pieces)
+        consider(true, up(sizes.pieces, pieces));
+    return least >= 0;
+}
+
+std::size_t space_bytes(const Spread& spread) {
+    return static_cast<std::size_t>(spread.slots) * 2 * static_cast<std::size_t>(spread.passes * 8 * spread.stride);
+}
+
+/// Behind the space, whose chunks of 16 bytes may have to be aligned, the flags.
+std::size_t words_of(const Spread& spread, int directions) {
+    if (!spread.grid) return 0;
+    return 3 + space_bytes(spread) / 4 +
+           static_cast<std::size_t>(directions * spread.tiles) * static_cast<std::size_t>(spread.parts);
+}
+
+template <class T, class Plan>
+const char* start(Plan& plan) {
+    Spread& spread = plan.spread;
+    const int all = plan.call.directions * spread.tiles;
+    const dim3 block(static_cast<unsigned>(32 * spread.pieces * spread.slices));
+    const auto shared = static_cast<std::size_t>(spread.shared);
+    if (!spread.grid)
+        return launch_clusters(kernel<Plan, T, true>, static_cast<unsigned>(spread.parts),
+                               dim3(static_cast<unsigned>(all * spread.parts)), block, shared, plan.call.stream, plan);
+    const auto begin = reinterpret_cast<std::uintptr_t>(plan.call.progress);
+    spread.space = reinterpret_cast<unsigned char*>((begin + 15) / 16 * 16);
+    spread.flags = reinterpret_cast<int*>(spread.space + space_bytes(spread));
+    for (; spread.first < all; spread.first += spread.slots) {
+        const int slots = all - spread.first < spread.slots ? all - spread.first : spread.slots;
+        const char* const error = launch(kernel<Plan, T, false>, dim3(static_cast<unsigned>(slots * spread.parts)),
+                                         block, shared, plan.call.stream, plan, true);
+        if (error) return error;
+    }
+    return nullptr;
+}
+
+template <class Plan, class Call>
+bool plan_of(const Call& call, const ClusterForm& form, Plan* plan) {
+    return call.type == DataType::float16 ? make_plan<Plan, __half>(call, form, plan)
+                                          : make_plan<Plan, __nv_bfloat16>(call, form, plan);
+}
+
+template <class Plan, class Call>
+const char* plan_and_start(const Call& call, const ClusterForm& form) {
+    Plan plan;
+    if (!plan_of(call, form, &plan)) return "this kernel cannot do the call";
+    if (call.steps.batch == 0) return nullptr;
+    return call.type == DataType::float16 ? start<__half>(plan) : start<__nv_bfloat16>(plan);
+}
+
+template <class Plan, class Call>
+std::size_t words(const Call& call, const ClusterForm& form) {
+    Plan plan;
+    return plan_of(call, form, &plan) ? words_of(plan.spread, call.directions) : 0;
+}
+
+}  // namespace
+
+bool cluster_tensor_fits(const Forward& call, ClusterForm form) {
+    ForwardPlan plan;
+    return plan_of(call, form, &plan);
+}
+
+std::size_t cluster_tensor_progress_words(const Forward& call, ClusterForm form) {
+    return words<ForwardPlan>(call, form);
+}
+
+const char* cluster_tensor_forward(const Forward& call, ClusterForm form) {
+    return plan_and_start<ForwardPlan>(call, form);
+}
+
+bool cluster_tensor_fits(const Backward& call, ClusterForm form) {
+    BackwardPlan plan;
+    return plan_of(call, form, &plan);
+}
+
+std::size_t cluster_tensor_progress_words(const Backward& call, ClusterForm form) {
+    return words<BackwardPlan>(call, form);
+}
+
+const char* cluster_tensor_backward(const Backward& call, ClusterForm form) {
+    return plan_and_start<BackwardPlan>(call, form);
+}
+
+}  // namespace cuda
+}  // namespace cellstep
