@@ -6,6 +6,8 @@
 /// of 8 rows costs what one row would. Which weight stands for which k of the product is free as long as both operands
 /// agree, and is chosen so that a lane's part of 32 consecutive values (a "k-block", two products) is 16 consecutive
 /// bytes: value 8 q + j of a block, q the lane's number modulo 4.
+#include <algorithm>
+
 #include "device.h"
 #include "kernels.h"
 
@@ -117,6 +119,7 @@ struct Layout {
     using Type = T;
     static constexpr int units = Units_;
     static constexpr int threads = 32 * Warps;
+    static constexpr int unrolled = Units_ > 1 ? 1 : 2;  // turns of a loop over slots, of 16 registers each
     static constexpr int kept = (Units_ - 1) * Full + Last;
     static constexpr __host__ __device__ int kept_of(int unit) { return unit < Units_ - 1 ? Full : Last; }
     static constexpr __host__ __device__ int first_of(int unit) { return unit * Full; }
@@ -202,7 +205,8 @@ struct ForwardArrays {
     T* h_n;
     T* c_n;
     int seen[2];  // how far the layer before was, at the last look
-    int role;
+    int role, stage, layer, direction, columns, blocks;
+    bool paired;
 };
 
 struct ForwardPlan {
@@ -334,6 +338,12 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         arrays.h_n = static_cast<T*>(call.h_n) + state;
         arrays.c_n = static_cast<T*>(call.c_n) + state;
         arrays.seen[0] = arrays.seen[1] = 0;
+        arrays.stage = stage;
+        arrays.layer = layer;
+        arrays.direction = direction;
+        arrays.columns = columns;
+        arrays.blocks = blocks;
+        arrays.paired = columns % 2 == 0 && reinterpret_cast<std::uintptr_t>(arrays.x) % 4 == 0;
     }
 
     float4* const biases = reinterpret_cast<float4*>(memory + plan.bias_at);
@@ -410,10 +420,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
 
     // Input steps: of step s in buffer s % 3, as the step before reads its first part ahead of the barrier. 16 lanes
     // take every 16th pair of values of a row, 2 rows a warp.
-    const bool paired = columns % 2 == 0 && reinterpret_cast<std::uintptr_t>(arrays.x) % 4 == 0;
-    const int entries = (columns + 1) / 2, most_ahead = paired ? ahead_words : ahead_words / 2;
     const auto x_from = [&](int row, int token) {
-        return arrays.x + static_cast<std::int64_t>(token + tile.first + row) * columns;
+        return arrays.x + static_cast<std::int64_t>(token + tile.first + row) * arrays.columns;
     };
     const auto x_to = [&](int row, int x_entry, int step) {
         return x_buffers + step % 3 * x_bytes + row * plan.x_stride + chunk_of(x_entry / 4, row) * 16 + x_entry % 4 * 4;
@@ -424,12 +432,13 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         const int token = tile.token(time_of(step)), again = found_anew(thread), x_entry = again % 16;
         for (int row = again / 16; row < rows; row += 2 * plan.warps, skip = 0) {
             const T* const from = x_from(row, token);
-            for (int at = skip; x_entry + 16 * at < entries; ++at) {
+            for (int at = skip; x_entry + 16 * at < (arrays.columns + 1) / 2; ++at) {
                 const int k = 2 * (x_entry + 16 * at);
                 std::uint32_t word = 0;
                 if (there(row, step))
                     word = read<std::uint16_t>(from + k) |
-                           static_cast<std::uint32_t>(k + 1 < columns ? read<std::uint16_t>(from + k + 1) : 0) << 16;
+                           static_cast<std::uint32_t>(k + 1 < arrays.columns ? read<std::uint16_t>(from + k + 1) : 0)
+                               << 16;
                 write(x_to(row, x_entry, step) + block_bytes * at, word);
             }
         }
@@ -438,8 +447,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     const auto load_x = [&](int step, int token) {
         const int again = found_anew(thread), x_row = again / 16, x_entry = again % 16;
         const T* const from = x_from(x_row, token) + 2 * x_entry;
-        const int left = there(x_row, step) ? columns - 2 * x_entry : 0;
-        if (paired) {
+        const int left = there(x_row, step) ? arrays.columns - 2 * x_entry : 0;
+        if (arrays.paired) {
 #pragma unroll
             for (int at = 0; at < ahead_words; ++at)
                 coming[at] = 32 * at < left ? read<std::uint32_t>(from + 32 * at) : 0;
@@ -453,18 +462,17 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         const int again = found_anew(thread), x_row = again / 16, x_entry = again % 16;
         if (x_row >= rows) return;
         unsigned char* const to = x_to(x_row, x_entry, step);
-        if (paired) {
+        if (arrays.paired) {
 #pragma unroll
             for (int at = 0; at < ahead_words; ++at)
-                if (x_entry + 16 * at < entries) write(to + block_bytes * at, coming[at]);
+                if (x_entry + 16 * at < (arrays.columns + 1) / 2) write(to + block_bytes * at, coming[at]);
         } else {
 #pragma unroll
             for (int at = 0; at < ahead_words / 2; ++at)
-                if (x_entry + 16 * at < entries)
+                if (x_entry + 16 * at < (arrays.columns + 1) / 2)
                     write(to + block_bytes * at, coming[2 * at] | coming[2 * at + 1] << 16);
         }
     };
-    const bool beyond = rows > 2 * plan.warps || entries > 16 * most_ahead;
 
     // One thread waits until the layer before has done what input step `step` reads; a block barrier comes before it
     // is read.
@@ -472,19 +480,19 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         return call.progress + 1 + (of_layer * call.directions + side) * plan.tiles + tile_number;
     };
     const auto wait = [&](int step) {
-        if (layer == 0 || thread != 0 || step >= steps) return;
+        if (arrays.layer == 0 || thread != 0 || step >= steps) return;
         for (int side = 0; side < call.directions; ++side) {
             const bool side_backwards = call.directions == 2 ? side == 1 : call.reverse;
             const int need = side_backwards ? steps - time_of(step) : time_of(step) + 1;
             int value = arrays.seen[side];
             while (value < need) {
-                value = load_acquire(flag_of(layer - 1, side));
+                value = load_acquire(flag_of(arrays.layer - 1, side));
                 if (value < need) pause();
             }
             arrays.seen[side] = value;
         }
     };
-    const bool tells = layer + 1 < call.layers;
+    const bool tells = arrays.layer + 1 < call.layers;
 
     int token_now = 0, token_next = 0, token_x = 0;
     if (steps > 0) token_now = tile.token(time_of(0));
@@ -498,7 +506,6 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     }
     block_sync();
 
-    const int values_at = values_place(lane, plan.h_stride), x_values_at = values_place(lane, plan.x_stride);
     float sums[2][2][4];
     const auto multiply = [&](auto unit, int first, int last, const unsigned char* values) {
         constexpr int j = decltype(unit)::value;
@@ -508,10 +515,10 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             if (block >= first && block < last)
                 multiply_block<T>(sums, kept[L::first_of(j) + block],
                                   read<uint4>(values + (block - first) * block_bytes));
-#pragma unroll 2
+#pragma unroll(L::unrolled)
         for (int block = max(here, first); block < last; ++block) {
             Fragments found;
-            read_fragments(found, slots[j] + block * slot_bytes, lane);
+            read_fragments(found, slots[j] + block * slot_bytes, found_anew(thread) % 32);
             multiply_block<T>(sums, found, read<uint4>(values + (block - first) * block_bytes));
         }
     };
@@ -544,9 +551,9 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             for (int tile_at = 0; tile_at < 2; ++tile_at) sums[1][tile_at][e] = sums[1][tile_at][2 + e] = 0.0f;
         }
         if (fused) {
-            if (blocks > h_blocks)
-                multiply(unit, h_blocks, blocks,
-                         x_buffers + step % 3 * x_bytes + pass * 8 * plan.x_stride + x_values_at);
+            if (arrays.blocks > h_blocks)
+                multiply(unit, h_blocks, arrays.blocks,
+                         x_buffers + step % 3 * x_bytes + pass * 8 * plan.x_stride + values_place(lane, plan.x_stride));
             return;
         }
 #pragma unroll
@@ -573,10 +580,11 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                 if (flagged > 0 && flagged < tile.lengths[row]) fresh[e] = tile.reset(flagged, row);
             }
         }
-        multiply(unit, 0, h_blocks, h_buffers + (step & 1) * h_bytes + pass * 8 * plan.h_stride + values_at);
+        multiply(unit, 0, h_blocks,
+                 h_buffers + (step & 1) * h_bytes + pass * 8 * plan.h_stride + values_place(lane, plan.h_stride));
         // Late in a step, when what the step before wrote has long arrived: the release waits for it.
         if (j == 0 && tells && thread == 0 && pass == 0 && step % 2 == 1)
-            store_release(flag_of(layer, direction), step);
+            store_release(flag_of(arrays.layer, arrays.direction), step);
         const float2 c_pair = read<float2>(cell_place(pass, group, lane));
         float c_of[2] = {c_pair.x, c_pair.y};
 #pragma unroll
@@ -605,8 +613,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                     arrays.c_n[place] = from_float<T>(c);
                 }
                 if (fresh[e]) {
-                    h_next = at_or_zero<T>(call.initial_h, stage * H + u);
-                    c = to_float(at_or_zero<T>(call.initial_c, stage * H + u));
+                    h_next = at_or_zero<T>(call.initial_h, arrays.stage * H + u);
+                    c = to_float(at_or_zero<T>(call.initial_c, arrays.stage * H + u));
                 }
                 c_of[e] = c;
             } else {
@@ -636,7 +644,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         if (fused) {
             if (step + 2 < steps) {
                 store_x(step + 2);
-                if (beyond) copy_x(step + 2, most_ahead);
+                copy_x(step + 2, arrays.paired ? ahead_words : ahead_words / 2);
             }
             if (step + 3 < steps) load_x(step + 3, token_x);
             if (step + 4 < steps) token_x = tile.token(time_of(step + 4));
@@ -657,7 +665,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         wait(step + 4);
     }
     block_sync();
-    if (tells && thread == 0) store_release(flag_of(layer, direction), steps);
+    if (tells && thread == 0) store_release(flag_of(arrays.layer, arrays.direction), steps);
 
     if (zeros_past) {
         clear_past(arrays.y, tile, steps, H, width);
@@ -674,9 +682,11 @@ const char* start_forward(const ForwardPlan& plan) {
 }
 
 template <class T>
-using SmallForward = Layout<T, 1, 0, 4, 16>;
+using SmallForward = Layout<T, 1, 0, 4, 12>;
 template <class T>
-using MiddleForward = Layout<T, 2, 3, 3, 12>;
+using SquareForward = Layout<T, 1, 0, 3, 16>;
+template <class T>
+using MiddleForward = Layout<T, 2, 3, 2, 12>;
 template <class T>
 using LargeForward = Layout<T, 4, 4, 0, 8>;
 
@@ -704,7 +714,11 @@ bool make_plan(const Forward& call, ForwardPlan* plan) {
     const auto slots = [&](auto layout) {
         return decltype(layout)::slots_before(decltype(layout)::units, plan->groups, plan->warps, h_blocks + x_blocks);
     };
-    const int kept_apart = plan->groups <= 16   ? slots(SmallForward<__half>())
+    const auto more = [&](int passes) {  // warps that bring input alone, 2 rows each
+        return call.sums || plan->groups > 12 ? plan->warps : std::max(plan->warps, std::min(4 * passes, 12));
+    };
+    const int kept_apart = plan->groups <= 12   ? slots(SmallForward<__half>())
+                           : plan->groups <= 16 ? slots(SquareForward<__half>())
                            : plan->groups <= 24 ? slots(MiddleForward<__half>())
                                                 : slots(LargeForward<__half>());
     plan->h_stride = row_bytes(h_blocks);
@@ -713,6 +727,7 @@ bool make_plan(const Forward& call, ForwardPlan* plan) {
     plan->cells_at = plan->bias_at + plan->groups * 8 * 16;
     for (plan->passes = passes_for(call.steps.batch, stages, call.multiprocessors); plan->passes > 0; --plan->passes) {
         const int rows = plan->passes * 8;
+        plan->warps = more(plan->passes);
         plan->h_at = plan->cells_at + rows * plan->groups * 8 * 4;
         plan->x_at = plan->h_at + 2 * rows * plan->h_stride;
         plan->fragments_at = plan->x_at + 3 * rows * plan->x_stride;
@@ -884,7 +899,6 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         }
     };
 
-    const int values_at = values_place(lane, plan.stride);
     const auto work = [&](auto number, int step, int token, int pass) {
         constexpr int j = decltype(number)::value;
         constexpr int here = L::kept_of(j);
@@ -905,13 +919,13 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         float sums[2][2][4] = {};
         if (step > 0) {
             const unsigned char* const values =
-                buffers + ((step - 1) & 1) * buffer_bytes + pass * 8 * plan.stride + values_at;
+                buffers + ((step - 1) & 1) * buffer_bytes + pass * 8 * plan.stride + values_place(lane, plan.stride);
 #pragma unroll
             for (int pair = 0; pair < here; ++pair)
                 if (pair < pairs)
                     multiply_pair<T>(sums, kept[L::first_of(j) + pair], read<uint4>(values + pair * 2 * block_bytes),
                                      read<uint4>(values + pair * 2 * block_bytes + block_bytes));
-#pragma unroll 2
+#pragma unroll(L::unrolled)
             for (int pair = here; pair < pairs; ++pair) {
                 Fragments found;
                 read_fragments(found, slots[j] + pair * slot_bytes, lane);
@@ -1005,7 +1019,7 @@ const char* start_backward(const BackwardPlan& plan) {
 template <class T>
 using SmallBackward = Layout<T, 1, 0, 8, 8>;
 template <class T>
-using MiddleBackward = Layout<T, 1, 0, 5, 12>;
+using MiddleBackward = Layout<T, 1, 0, 4, 12>;
 template <class T>
 using LargeBackward = Layout<T, 2, 11, 0, 7>;
 
@@ -1016,12 +1030,12 @@ bool make_plan(const Backward& call, BackwardPlan* plan) {
         return false;
     plan->call = call;
     plan->unit_tiles = (H + 15) / 16;
-    plan->warps = plan->unit_tiles <= 12 ? plan->unit_tiles : 7;
+    plan->warps = plan->unit_tiles <= 11 ? plan->unit_tiles : 7;
     const auto slots = [&](auto layout) {
         return decltype(layout)::slots_before(decltype(layout)::units, plan->unit_tiles, plan->warps, plan->unit_tiles);
     };
     const int kept_apart = plan->unit_tiles <= 8    ? slots(SmallBackward<__half>())
-                           : plan->unit_tiles <= 12 ? slots(MiddleBackward<__half>())
+                           : plan->unit_tiles <= 11 ? slots(MiddleBackward<__half>())
                                                     : slots(LargeBackward<__half>());
     plan->stride = row_bytes(2 * plan->unit_tiles);
     plan->carried_at = header_bytes;
@@ -1039,7 +1053,8 @@ bool make_plan(const Backward& call, BackwardPlan* plan) {
 
 template <class T>
 const char* start(const ForwardPlan& plan) {
-    return plan.groups <= 16   ? start_forward<SmallForward<T>>(plan)
+    return plan.groups <= 12   ? start_forward<SmallForward<T>>(plan)
+           : plan.groups <= 16 ? start_forward<SquareForward<T>>(plan)
            : plan.groups <= 24 ? start_forward<MiddleForward<T>>(plan)
                                : start_forward<LargeForward<T>>(plan);
 }
@@ -1047,7 +1062,7 @@ const char* start(const ForwardPlan& plan) {
 template <class T>
 const char* start(const BackwardPlan& plan) {
     return plan.unit_tiles <= 8    ? start_backward<SmallBackward<T>>(plan)
-           : plan.unit_tiles <= 12 ? start_backward<MiddleBackward<T>>(plan)
+           : plan.unit_tiles <= 11 ? start_backward<MiddleBackward<T>>(plan)
                                    : start_backward<LargeBackward<T>>(plan);
 }
 
