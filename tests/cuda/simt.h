@@ -108,6 +108,10 @@ inline void store_release(int* word, int value) { __atomic_store_n(word, value, 
 inline int fetch_add(int* word, int value) { return __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
 inline void pause() { simt::pause(); }
 inline int found_anew(int value) { return value; }
+template <class T>
+T* in_global(T* pointer) {
+    return pointer;
+}
 
 /// Bytes of shared memory that a block may have: that of an H100.
 inline std::size_t shared_limit() { return 227 * 1024; }

@@ -406,8 +406,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                     const int length = tile.lengths[row];
                     T h_first = static_cast<const T*>(call.h)[place], c_first = static_cast<const T*>(call.c)[place];
                     if (length == 0) {
-                        arrays.h_n[place - state] = h_first;
-                        arrays.c_n[place - state] = c_first;
+                        in_global(arrays.h_n)[place - state] = h_first;
+                        in_global(arrays.c_n)[place - state] = c_first;
                     } else if (!backwards && call.steps.reset && tile.reset(0, row)) {
                         h_first = at_or_zero<T>(call.initial_h, stage * H + unit);
                         c_first = at_or_zero<T>(call.initial_c, stage * H + unit);
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     // Input steps: of step s in buffer s % 3, as the step before reads its first part ahead of the barrier. 16 lanes
     // take every 16th pair of values of a row, 2 rows a warp.
     const auto x_from = [&](int row, int token) {
-        return arrays.x + static_cast<std::int64_t>(token + tile.first + row) * arrays.columns;
+        return in_global(arrays.x) + static_cast<std::int64_t>(token + tile.first + row) * arrays.columns;
     };
     const auto x_to = [&](int row, int x_entry, int step) {
         return x_buffers + step % 3 * x_bytes + row * plan.x_stride + chunk_of(x_entry / 4, row) * 16 + x_entry % 4 * 4;
@@ -529,7 +529,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         for (int e = 0; e < 2; ++e) {
             const int row = pass * 8 + 2 * q + e;
             const bool there = step < steps && unit < H && time_of(step) < tile.lengths[row];
-            const T* from = arrays.sums + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + unit;
+            const T* from = in_global(arrays.sums) + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
                 coming[e * 4 + gate] = there ? read<std::uint16_t>(from + gate * H) : 0;
@@ -600,17 +600,18 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             T h_next = from_float<T>(h);
             const std::int64_t token = token_now + n;
             if (t < length) {
-                arrays.y[token * width + u] = h_next;
+                in_global(arrays.y)[token * width + u] = h_next;
                 if (T* const gates = arrays.gates) {
-                    T* const cells_out = arrays.cells;
+                    T* const cells_out = in_global(arrays.cells);
 #pragma unroll
-                    for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = from_float<T>(a[gate]);
+                    for (int gate = 0; gate < 4; ++gate)
+                        in_global(gates)[(token * 4 + gate) * H + u] = from_float<T>(a[gate]);
                     cells_out[token * H + u] = from_float<T>(c);
                 }
                 if (t == (backwards ? 0 : length - 1)) {
                     const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
-                    arrays.h_n[place] = h_next;
-                    arrays.c_n[place] = from_float<T>(c);
+                    in_global(arrays.h_n)[place] = h_next;
+                    in_global(arrays.c_n)[place] = from_float<T>(c);
                 }
                 if (fresh[e]) {
                     h_next = at_or_zero<T>(call.initial_h, arrays.stage * H + u);
@@ -621,10 +622,10 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                 h_next = *h_place(step & 1, row, u);
                 if (zeros_past && n < call.steps.batch) {
                     const T zero = from_float<T>(0.0f);
-                    arrays.y[token * width + u] = zero;
+                    in_global(arrays.y)[token * width + u] = zero;
                     if (T* const gates = arrays.gates) {
-                        T* const cells_out = arrays.cells;
-                        for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = zero;
+                        T* const cells_out = in_global(arrays.cells);
+                        for (int gate = 0; gate < 4; ++gate) in_global(gates)[(token * 4 + gate) * H + u] = zero;
                         cells_out[token * H + u] = zero;
                     }
                 }
@@ -887,14 +888,14 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
             const std::int64_t place_now = static_cast<std::int64_t>(token + n) * H + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
-                gate_of[place][gate] = there ? arrays.gates[place_now * 4 - 3 * unit + gate * H] : zero;
-            cell[place] = there ? arrays.cells[place_now] : zero;
+                gate_of[place][gate] = there ? in_global(arrays.gates)[place_now * 4 - 3 * unit + gate * H] : zero;
+            cell[place] = there ? in_global(arrays.cells)[place_now] : zero;
             const bool first = backwards ? t + 1 == length : t == 0;  // of the forward pass
-            const T* before = first ? arrays.c + static_cast<std::int64_t>(n) * H + unit
-                                    : arrays.cells + static_cast<std::int64_t>(token_next + n) * H + unit;
+            const T* before = first ? in_global(arrays.c) + static_cast<std::int64_t>(n) * H + unit
+                                    : in_global(arrays.cells) + static_cast<std::int64_t>(token_next + n) * H + unit;
             cell_before[place] = there ? *before : zero;
             grad_y[place] = there && call.grad_outputs
-                                ? arrays.grad_outputs[static_cast<std::int64_t>(token + n) * width + unit]
+                                ? in_global(arrays.grad_outputs)[static_cast<std::int64_t>(token + n) * width + unit]
                                 : zero;
         }
     };
@@ -962,8 +963,9 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                 const float tanh_c = tanh_for(to_float(cell[place]), T());
                 dh += to_float(grad_y[place]);
                 dc += dh * o * (1.0f - tanh_c * tanh_c) +
-                      (call.grad_cells ? to_float(arrays.grad_cells[static_cast<std::int64_t>(token + n) * H + unit])
-                                       : 0.0f);
+                      (call.grad_cells
+                           ? to_float(in_global(arrays.grad_cells)[static_cast<std::int64_t>(token + n) * H + unit])
+                           : 0.0f);
                 results[0] = from_float<T>(dc * g * i * (1.0f - i));
                 results[1] = from_float<T>(dc * before * f * (1.0f - f));
                 results[2] = from_float<T>(dc * i * (1.0f - g * g));
@@ -974,7 +976,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                 for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
             }
             if (t < length[e] || zeros_past) {
-                T* const to = arrays.grad_sums + static_cast<std::int64_t>(token + n) * 4 * H + unit;
+                T* const to = in_global(arrays.grad_sums) + static_cast<std::int64_t>(token + n) * 4 * H + unit;
 #pragma unroll
                 for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
             }
