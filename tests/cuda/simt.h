@@ -120,6 +120,10 @@ inline uint4 load_shared_cache(const unsigned char* from) {
 inline int fetch_add(int* word, int value) { return __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
 inline void pause() { simt::pause(); }
 inline int found_anew(int value) { return value; }
+template <class T>
+T* in_global(T* pointer) {
+    return pointer;
+}
 
 inline int cluster_rank() { return simt::here->cluster_rank; }
 inline void cluster_sync() { simt::cluster_sync(); }

@@ -44,6 +44,13 @@ __device__ inline int found_anew(int value) {
     return value;
 }
 
+/// A pointer that came from memory, said to be to global memory, so that its loads are not generic ones.
+template <class T>
+__device__ inline T* in_global(T* pointer) {
+    __builtin_assume(__isGlobal(pointer));
+    return pointer;
+}
+
 /// Words by which blocks of one launch tell each other how far they are.
 __device__ inline int load_acquire(const int* word) {
     int value;

@@ -1,6 +1,8 @@
 /// Whole sequences on tensor cores, float16 and bfloat16: a block keeps the recurrent weights of one stage (and those
 /// of its input, if they are part of the launch) in registers and shared memory and takes 8, 16, 24 or 32 rows through
 /// all steps, with one block barrier a step.
+#include <algorithm>
+
 #include "tensor.h"
 
 namespace cellstep {
@@ -16,6 +18,7 @@ struct Layout {
     using Type = T;
     static constexpr int units = Units_;
     static constexpr int threads = 32 * Warps;
+    static constexpr int unrolled = Units_ > 1 ? 1 : 2;  // turns of a loop over slots, of 16 registers each
     static constexpr int kept = (Units_ - 1) * Full + Last;
     static constexpr __host__ __device__ int kept_of(int unit) { return unit < Units_ - 1 ? Full : Last; }
     static constexpr __host__ __device__ int first_of(int unit) { return unit * Full; }
@@ -48,7 +51,8 @@ struct ForwardArrays {
     T* h_n;
     T* c_n;
     int seen[2];  // how far the layer before was, at the last look
-    int role;
+    int role, stage, layer, direction, columns, blocks;
+    bool paired;
 };
 
 struct ForwardPlan {
@@ -109,6 +113,12 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         arrays.h_n = static_cast<T*>(call.h_n) + state;
         arrays.c_n = static_cast<T*>(call.c_n) + state;
         arrays.seen[0] = arrays.seen[1] = 0;
+        arrays.stage = stage;
+        arrays.layer = layer;
+        arrays.direction = direction;
+        arrays.columns = columns;
+        arrays.blocks = blocks;
+        arrays.paired = columns % 2 == 0 && reinterpret_cast<std::uintptr_t>(arrays.x) % 4 == 0;
     }
 
     float4* const biases = reinterpret_cast<float4*>(memory + plan.bias_at);
@@ -171,8 +181,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                     const int length = tile.lengths[row];
                     T h_first = static_cast<const T*>(call.h)[place], c_first = static_cast<const T*>(call.c)[place];
                     if (length == 0) {
-                        arrays.h_n[place - state] = h_first;
-                        arrays.c_n[place - state] = c_first;
+                        in_global(arrays.h_n)[place - state] = h_first;
+                        in_global(arrays.c_n)[place - state] = c_first;
                     } else if (!backwards && call.steps.reset && tile.reset(0, row)) {
                         h_first = at_or_zero<T>(call.initial_h, stage * H + unit);
                         c_first = at_or_zero<T>(call.initial_c, stage * H + unit);
@@ -185,10 +195,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
 
     // Input steps: of step s in buffer s % 3, as the step before reads its first part ahead of the barrier. 16 lanes
     // take every 16th pair of values of a row, 2 rows a warp.
-    const bool paired = columns % 2 == 0 && reinterpret_cast<std::uintptr_t>(arrays.x) % 4 == 0;
-    const int entries = (columns + 1) / 2, most_ahead = paired ? ahead_words : ahead_words / 2;
     const auto x_from = [&](int row, int token) {
-        return arrays.x + static_cast<std::int64_t>(token + tile.first + row) * columns;
+        return in_global(arrays.x) + static_cast<std::int64_t>(token + tile.first + row) * arrays.columns;
     };
     const auto x_to = [&](int row, int x_entry, int step) {
         return x_buffers + step % 3 * x_bytes + row * plan.x_stride + chunk_of(x_entry / 4, row) * 16 + x_entry % 4 * 4;
@@ -199,12 +207,13 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         const int token = tile.token(time_of(step)), again = found_anew(thread), x_entry = again % 16;
         for (int row = again / 16; row < rows; row += 2 * plan.warps, skip = 0) {
             const T* const from = x_from(row, token);
-            for (int at = skip; x_entry + 16 * at < entries; ++at) {
+            for (int at = skip; x_entry + 16 * at < (arrays.columns + 1) / 2; ++at) {
                 const int k = 2 * (x_entry + 16 * at);
                 std::uint32_t word = 0;
                 if (there(row, step))
                     word = read<std::uint16_t>(from + k) |
-                           static_cast<std::uint32_t>(k + 1 < columns ? read<std::uint16_t>(from + k + 1) : 0) << 16;
+                           static_cast<std::uint32_t>(k + 1 < arrays.columns ? read<std::uint16_t>(from + k + 1) : 0)
+                               << 16;
                 write(x_to(row, x_entry, step) + block_bytes * at, word);
             }
         }
@@ -213,8 +222,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     const auto load_x = [&](int step, int token) {
         const int again = found_anew(thread), x_row = again / 16, x_entry = again % 16;
         const T* const from = x_from(x_row, token) + 2 * x_entry;
-        const int left = there(x_row, step) ? columns - 2 * x_entry : 0;
-        if (paired) {
+        const int left = there(x_row, step) ? arrays.columns - 2 * x_entry : 0;
+        if (arrays.paired) {
 #pragma unroll
             for (int at = 0; at < ahead_words; ++at)
                 coming[at] = 32 * at < left ? read<std::uint32_t>(from + 32 * at) : 0;
@@ -228,18 +237,17 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         const int again = found_anew(thread), x_row = again / 16, x_entry = again % 16;
         if (x_row >= rows) return;
         unsigned char* const to = x_to(x_row, x_entry, step);
-        if (paired) {
+        if (arrays.paired) {
 #pragma unroll
             for (int at = 0; at < ahead_words; ++at)
-                if (x_entry + 16 * at < entries) write(to + block_bytes * at, coming[at]);
+                if (x_entry + 16 * at < (arrays.columns + 1) / 2) write(to + block_bytes * at, coming[at]);
         } else {
 #pragma unroll
             for (int at = 0; at < ahead_words / 2; ++at)
-                if (x_entry + 16 * at < entries)
+                if (x_entry + 16 * at < (arrays.columns + 1) / 2)
                     write(to + block_bytes * at, coming[2 * at] | coming[2 * at + 1] << 16);
         }
     };
-    const bool beyond = rows > 2 * plan.warps || entries > 16 * most_ahead;
 
     // One thread waits until the layer before has done what input step `step` reads; a block barrier comes before it
     // is read.
@@ -247,19 +255,19 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         return call.progress + 1 + (of_layer * call.directions + side) * plan.tiles + tile_number;
     };
     const auto wait = [&](int step) {
-        if (layer == 0 || thread != 0 || step >= steps) return;
+        if (arrays.layer == 0 || thread != 0 || step >= steps) return;
         for (int side = 0; side < call.directions; ++side) {
             const bool side_backwards = call.directions == 2 ? side == 1 : call.reverse;
             const int need = side_backwards ? steps - time_of(step) : time_of(step) + 1;
             int value = arrays.seen[side];
             while (value < need) {
-                value = load_acquire(flag_of(layer - 1, side));
+                value = load_acquire(flag_of(arrays.layer - 1, side));
                 if (value < need) pause();
             }
             arrays.seen[side] = value;
         }
     };
-    const bool tells = layer + 1 < call.layers;
+    const bool tells = arrays.layer + 1 < call.layers;
 
     int token_now = 0, token_next = 0, token_x = 0;
     if (steps > 0) token_now = tile.token(time_of(0));
@@ -273,7 +281,6 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     }
     block_sync();
 
-    const int values_at = values_place(lane, plan.h_stride), x_values_at = values_place(lane, plan.x_stride);
     float sums[2][2][4];
     const auto multiply = [&](auto unit, int first, int last, const unsigned char* values) {
         constexpr int j = decltype(unit)::value;
@@ -283,10 +290,10 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             if (block >= first && block < last)
                 multiply_block<T>(sums, kept[L::first_of(j) + block],
                                   read<uint4>(values + (block - first) * block_bytes));
-#pragma unroll 2
+#pragma unroll(L::unrolled)
         for (int block = max(here, first); block < last; ++block) {
             Fragments found;
-            read_fragments(found, slots[j] + block * slot_bytes, lane);
+            read_fragments(found, slots[j] + block * slot_bytes, found_anew(thread) % 32);
             multiply_block<T>(sums, found, read<uint4>(values + (block - first) * block_bytes));
         }
     };
@@ -297,7 +304,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         for (int e = 0; e < 2; ++e) {
             const int row = pass * 8 + 2 * q + e;
             const bool there = step < steps && unit < H && time_of(step) < tile.lengths[row];
-            const T* from = arrays.sums + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + unit;
+            const T* from = in_global(arrays.sums) + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
                 coming[e * 4 + gate] = there ? read<std::uint16_t>(from + gate * H) : 0;
@@ -319,9 +326,9 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             for (int tile_at = 0; tile_at < 2; ++tile_at) sums[1][tile_at][e] = sums[1][tile_at][2 + e] = 0.0f;
         }
         if (fused) {
-            if (blocks > h_blocks)
-                multiply(unit, h_blocks, blocks,
-                         x_buffers + step % 3 * x_bytes + pass * 8 * plan.x_stride + x_values_at);
+            if (arrays.blocks > h_blocks)
+                multiply(unit, h_blocks, arrays.blocks,
+                         x_buffers + step % 3 * x_bytes + pass * 8 * plan.x_stride + values_place(lane, plan.x_stride));
             return;
         }
 #pragma unroll
@@ -348,10 +355,11 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                 if (flagged > 0 && flagged < tile.lengths[row]) fresh[e] = tile.reset(flagged, row);
             }
         }
-        multiply(unit, 0, h_blocks, h_buffers + (step & 1) * h_bytes + pass * 8 * plan.h_stride + values_at);
+        multiply(unit, 0, h_blocks,
+                 h_buffers + (step & 1) * h_bytes + pass * 8 * plan.h_stride + values_place(lane, plan.h_stride));
         // Late in a step, when what the step before wrote has long arrived: the release waits for it.
         if (j == 0 && tells && thread == 0 && pass == 0 && step % 2 == 1)
-            store_release(flag_of(layer, direction), step);
+            store_release(flag_of(arrays.layer, arrays.direction), step);
         const float2 c_pair = read<float2>(cell_place(pass, group, lane));
         float c_of[2] = {c_pair.x, c_pair.y};
 #pragma unroll
@@ -367,31 +375,32 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             T h_next = from_float<T>(h);
             const std::int64_t token = token_now + n;
             if (t < length) {
-                arrays.y[token * width + u] = h_next;
+                in_global(arrays.y)[token * width + u] = h_next;
                 if (T* const gates = arrays.gates) {
-                    T* const cells_out = arrays.cells;
+                    T* const cells_out = in_global(arrays.cells);
 #pragma unroll
-                    for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = from_float<T>(a[gate]);
+                    for (int gate = 0; gate < 4; ++gate)
+                        in_global(gates)[(token * 4 + gate) * H + u] = from_float<T>(a[gate]);
                     cells_out[token * H + u] = from_float<T>(c);
                 }
                 if (t == (backwards ? 0 : length - 1)) {
                     const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
-                    arrays.h_n[place] = h_next;
-                    arrays.c_n[place] = from_float<T>(c);
+                    in_global(arrays.h_n)[place] = h_next;
+                    in_global(arrays.c_n)[place] = from_float<T>(c);
                 }
                 if (fresh[e]) {
-                    h_next = at_or_zero<T>(call.initial_h, stage * H + u);
-                    c = to_float(at_or_zero<T>(call.initial_c, stage * H + u));
+                    h_next = at_or_zero<T>(call.initial_h, arrays.stage * H + u);
+                    c = to_float(at_or_zero<T>(call.initial_c, arrays.stage * H + u));
                 }
                 c_of[e] = c;
             } else {
                 h_next = *h_place(step & 1, row, u);
                 if (zeros_past && n < call.steps.batch) {
                     const T zero = from_float<T>(0.0f);
-                    arrays.y[token * width + u] = zero;
+                    in_global(arrays.y)[token * width + u] = zero;
                     if (T* const gates = arrays.gates) {
-                        T* const cells_out = arrays.cells;
-                        for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = zero;
+                        T* const cells_out = in_global(arrays.cells);
+                        for (int gate = 0; gate < 4; ++gate) in_global(gates)[(token * 4 + gate) * H + u] = zero;
                         cells_out[token * H + u] = zero;
                     }
                 }
@@ -411,7 +420,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         if (fused) {
             if (step + 2 < steps) {
                 store_x(step + 2);
-                if (beyond) copy_x(step + 2, most_ahead);
+                copy_x(step + 2, arrays.paired ? ahead_words : ahead_words / 2);
             }
             if (step + 3 < steps) load_x(step + 3, token_x);
             if (step + 4 < steps) token_x = tile.token(time_of(step + 4));
@@ -432,7 +441,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         wait(step + 4);
     }
     block_sync();
-    if (tells && thread == 0) store_release(flag_of(layer, direction), steps);
+    if (tells && thread == 0) store_release(flag_of(arrays.layer, arrays.direction), steps);
 
     if (zeros_past) {
         clear_past(arrays.y, tile, steps, H, width);
@@ -449,9 +458,11 @@ const char* start_forward(const ForwardPlan& plan) {
 }
 
 template <class T>
-using SmallForward = Layout<T, 1, 0, 4, 16>;
+using SmallForward = Layout<T, 1, 0, 4, 12>;
 template <class T>
-using MiddleForward = Layout<T, 2, 3, 3, 12>;
+using SquareForward = Layout<T, 1, 0, 3, 16>;
+template <class T>
+using MiddleForward = Layout<T, 2, 3, 2, 12>;
 template <class T>
 using LargeForward = Layout<T, 4, 4, 0, 8>;
 
@@ -477,7 +488,11 @@ bool make_plan(const Forward& call, ForwardPlan* plan) {
     const auto slots = [&](auto layout) {
         return decltype(layout)::slots_before(decltype(layout)::units, plan->groups, plan->warps, h_blocks + x_blocks);
     };
-    const int kept_apart = plan->groups <= 16   ? slots(SmallForward<__half>())
+    const auto more = [&](int passes) {  // warps that bring input alone, 2 rows each
+        return call.sums || plan->groups > 12 ? plan->warps : std::max(plan->warps, std::min(4 * passes, 12));
+    };
+    const int kept_apart = plan->groups <= 12   ? slots(SmallForward<__half>())
+                           : plan->groups <= 16 ? slots(SquareForward<__half>())
                            : plan->groups <= 24 ? slots(MiddleForward<__half>())
                                                 : slots(LargeForward<__half>());
     plan->h_stride = row_bytes(h_blocks);
@@ -486,6 +501,7 @@ bool make_plan(const Forward& call, ForwardPlan* plan) {
     plan->cells_at = plan->bias_at + plan->groups * 8 * 16;
     for (plan->passes = passes_for(call.steps.batch, stages, call.multiprocessors); plan->passes > 0; --plan->passes) {
         const int rows = plan->passes * 8;
+        plan->warps = more(plan->passes);
         plan->h_at = plan->cells_at + rows * plan->groups * 8 * 4;
         plan->x_at = plan->h_at + 2 * rows * plan->h_stride;
         plan->fragments_at = plan->x_at + 3 * rows * plan->x_stride;
@@ -599,19 +615,18 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
             const std::int64_t place_now = static_cast<std::int64_t>(token + n) * H + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
-                gate_of[place][gate] = there ? arrays.gates[place_now * 4 - 3 * unit + gate * H] : zero;
-            cell[place] = there ? arrays.cells[place_now] : zero;
+                gate_of[place][gate] = there ? in_global(arrays.gates)[place_now * 4 - 3 * unit + gate * H] : zero;
+            cell[place] = there ? in_global(arrays.cells)[place_now] : zero;
             const bool first = backwards ? t + 1 == length : t == 0;  // of the forward pass
-            const T* before = first ? arrays.c + static_cast<std::int64_t>(n) * H + unit
-                                    : arrays.cells + static_cast<std::int64_t>(token_next + n) * H + unit;
+            const T* before = first ? in_global(arrays.c) + static_cast<std::int64_t>(n) * H + unit
+                                    : in_global(arrays.cells) + static_cast<std::int64_t>(token_next + n) * H + unit;
             cell_before[place] = there ? *before : zero;
             grad_y[place] = there && call.grad_outputs
-                                ? arrays.grad_outputs[static_cast<std::int64_t>(token + n) * width + unit]
+                                ? in_global(arrays.grad_outputs)[static_cast<std::int64_t>(token + n) * width + unit]
                                 : zero;
         }
     };
 
-    const int values_at = values_place(lane, plan.stride);
     const auto work = [&](auto number, int step, int token, int pass) {
         constexpr int j = decltype(number)::value;
         constexpr int here = L::kept_of(j);
@@ -632,13 +647,13 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         float sums[2][2][4] = {};
         if (step > 0) {
             const unsigned char* const values =
-                buffers + ((step - 1) & 1) * buffer_bytes + pass * 8 * plan.stride + values_at;
+                buffers + ((step - 1) & 1) * buffer_bytes + pass * 8 * plan.stride + values_place(lane, plan.stride);
 #pragma unroll
             for (int pair = 0; pair < here; ++pair)
                 if (pair < pairs)
                     multiply_pair<T>(sums, kept[L::first_of(j) + pair], read<uint4>(values + pair * 2 * block_bytes),
                                      read<uint4>(values + pair * 2 * block_bytes + block_bytes));
-#pragma unroll 2
+#pragma unroll(L::unrolled)
             for (int pair = here; pair < pairs; ++pair) {
                 Fragments found;
                 read_fragments(found, slots[j] + pair * slot_bytes, lane);
@@ -675,8 +690,9 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                 const float tanh_c = tanh_for(to_float(cell[place]), T());
                 dh += to_float(grad_y[place]);
                 dc += dh * o * (1.0f - tanh_c * tanh_c) +
-                      (call.grad_cells ? to_float(arrays.grad_cells[static_cast<std::int64_t>(token + n) * H + unit])
-                                       : 0.0f);
+                      (call.grad_cells
+                           ? to_float(in_global(arrays.grad_cells)[static_cast<std::int64_t>(token + n) * H + unit])
+                           : 0.0f);
                 results[0] = from_float<T>(dc * g * i * (1.0f - i));
                 results[1] = from_float<T>(dc * before * f * (1.0f - f));
                 results[2] = from_float<T>(dc * i * (1.0f - g * g));
@@ -687,7 +703,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                 for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
             }
             if (t < length[e] || zeros_past) {
-                T* const to = arrays.grad_sums + static_cast<std::int64_t>(token + n) * 4 * H + unit;
+                T* const to = in_global(arrays.grad_sums) + static_cast<std::int64_t>(token + n) * 4 * H + unit;
 #pragma unroll
                 for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
             }
@@ -732,7 +748,7 @@ const char* start_backward(const BackwardPlan& plan) {
 template <class T>
 using SmallBackward = Layout<T, 1, 0, 8, 8>;
 template <class T>
-using MiddleBackward = Layout<T, 1, 0, 5, 12>;
+using MiddleBackward = Layout<T, 1, 0, 4, 12>;
 template <class T>
 using LargeBackward = Layout<T, 2, 11, 0, 7>;
 
@@ -743,12 +759,12 @@ bool make_plan(const Backward& call, BackwardPlan* plan) {
         return false;
     plan->call = call;
     plan->unit_tiles = (H + 15) / 16;
-    plan->warps = plan->unit_tiles <= 12 ? plan->unit_tiles : 7;
+    plan->warps = plan->unit_tiles <= 11 ? plan->unit_tiles : 7;
     const auto slots = [&](auto layout) {
         return decltype(layout)::slots_before(decltype(layout)::units, plan->unit_tiles, plan->warps, plan->unit_tiles);
     };
     const int kept_apart = plan->unit_tiles <= 8    ? slots(SmallBackward<__half>())
-                           : plan->unit_tiles <= 12 ? slots(MiddleBackward<__half>())
+                           : plan->unit_tiles <= 11 ? slots(MiddleBackward<__half>())
                                                     : slots(LargeBackward<__half>());
     plan->stride = row_bytes(2 * plan->unit_tiles);
     plan->carried_at = header_bytes;
@@ -766,7 +782,8 @@ bool make_plan(const Backward& call, BackwardPlan* plan) {
 
 template <class T>
 const char* start(const ForwardPlan& plan) {
-    return plan.groups <= 16   ? start_forward<SmallForward<T>>(plan)
+    return plan.groups <= 12   ? start_forward<SmallForward<T>>(plan)
+           : plan.groups <= 16 ? start_forward<SquareForward<T>>(plan)
            : plan.groups <= 24 ? start_forward<MiddleForward<T>>(plan)
                                : start_forward<LargeForward<T>>(plan);
 }
@@ -774,7 +791,7 @@ const char* start(const ForwardPlan& plan) {
 template <class T>
 const char* start(const BackwardPlan& plan) {
     return plan.unit_tiles <= 8    ? start_backward<SmallBackward<T>>(plan)
-           : plan.unit_tiles <= 12 ? start_backward<MiddleBackward<T>>(plan)
+           : plan.unit_tiles <= 11 ? start_backward<MiddleBackward<T>>(plan)
                                    : start_backward<LargeBackward<T>>(plan);
 }
 

@@ -1,0 +1,131 @@
+/// cluster_tensor.cu on the emulated device.
+#include "tensor_cases.h"
+
+namespace {
+
+struct Start {
+    ClusterForm form;
+
+    template <class Call, class Run>
+    const char* run(Call& call, const Run& function) const {
+        if (!cluster_tensor_fits(call, form)) return "cluster_tensor_fits";
+        std::vector<int> progress(cluster_tensor_progress_words(call, form) + 1);
+        call.progress = progress.data();
+        const int last = progress.back() = 12345;
+        if (const char* error = function(call, form)) return error;
+        return progress.back() == last ? nullptr : "wrote behind progress";
+    }
+    const char* operator()(Forward& call) const { return run(call, cluster_tensor_forward); }
+    const char* operator()(Backward& call) const { return run(call, cluster_tensor_backward); }
+};
+
+/// Ways to give rows and steps: 0 padded, 1 lengths, 2 packed; each with and without what else there is.
+void ways(int H, int N, int T, unsigned seed, ClusterForm form, int multiprocessors = 132, int directions = 0) {
+    const int way = static_cast<int>(seed % 3);
+    Case c = {};
+    c.H = H;
+    c.N = N;
+    c.T = T;
+    c.I = 1;
+    c.L = 1;
+    c.D = directions ? directions : 1 + static_cast<int>(seed / 3 % 2);
+    c.packed = way == 2;
+    c.lengths = way == 1;
+    c.biased = seed % 5 != 0;
+    c.panels = seed % 4 == 0;
+    c.initials = seed % 4 < 2;
+    c.save = seed % 7 != 0;
+    c.reset = !c.packed && seed % 8 != 1;
+    c.reverse = c.D == 1 && seed % 2 == 1;
+    c.sums = true;
+    c.multiprocessors = multiprocessors;
+    both(c, seed, true, Start{form});
+}
+
+Forward call_of(int H, int N, int D) {
+    static const float something = 0;
+    Forward call = {};
+    call.type = DataType::bfloat16;
+    call.steps.steps = 1;
+    call.steps.batch = N;
+    call.steps.tokens = N;
+    call.hidden_size = H;
+    call.layers = 1;
+    call.directions = D;
+    call.sums = &something;
+    call.multiprocessors = 132;
+    return call;
+}
+
+/// Which sizes each form takes, on a device of 132 multiprocessors.
+void sizes() {
+    const auto fits = [](int H, ClusterForm form, bool back) {
+        Forward call = call_of(H, 16, 1);
+        Backward sweep = {};
+        sweep.type = call.type;
+        sweep.steps = call.steps;
+        sweep.hidden_size = H;
+        sweep.directions = 1;
+        sweep.multiprocessors = 132;
+        return back ? cluster_tensor_fits(sweep, form) : cluster_tensor_fits(call, form);
+    };
+    for (const bool back : {false, true})
+        for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid}) {
+            int most = 0;
+            for (int H = 1; H <= 2100; ++H)
+                if (fits(H, {exchange, 0}, back)) {
+                    if (most + 1 != H) std::printf("%d fits, %d does not\n", H, H - 1);
+                    most = H;
+                }
+            std::printf("%s %s: H to %d\n", back ? "backward" : "forward",
+                        exchange == ClusterForm::cluster ? "cluster" : "grid", most);
+        }
+    Forward call = call_of(64, 16, 1);
+    call.sums = nullptr;
+    const bool without_sums = cluster_tensor_fits(call);
+    call = call_of(64, 16, 1);
+    call.type = DataType::float32;
+    if (without_sums || cluster_tensor_fits(call)) std::printf("fits what it cannot do\n");
+}
+
+}  // namespace
+
+/// cluster, grid, chosen: sweeps; few: some of all, for other seeds and sanitizers; sizes: which H fit.
+int main(int count, char** arguments) {
+    const std::string what = count > 1 ? arguments[1] : "few";
+    unsigned seed = 1;
+    if (what == "sizes") sizes();
+    if (what == "cluster")
+        for (const int H : {8, 100, 250, 256, 300, 512})
+            for (int way = 0; way < 3; ++way) {
+                const int least = H <= 128 ? 2 : H <= 256 ? 4 : H <= 300 ? 8 : 16;
+                const int parts = least << way > 16 ? 16 : least << way;
+                ways(H, H > 256 ? 3 : 11, H > 256 ? 3 : 5, seed++, {ClusterForm::cluster, parts}, 132, H > 256 ? 1 : 0);
+            }
+    if (what == "grid") {
+        for (int parts = 2; parts <= 20; ++parts)
+            ways(8 + parts * 5, 5 + parts % 3 * 6, 5, seed++, {ClusterForm::grid, parts});
+        // Launches one behind the other, as few blocks may run at once; sizes of a long row.
+        ways(60, 70, 4, seed++, {ClusterForm::grid, 3}, 7);
+        ways(60, 70, 4, seed++, {ClusterForm::grid, 4}, 4);
+        ways(300, 2, 3, seed++, {ClusterForm::grid, 7}, 132, 1);
+    }
+    if (what == "chosen") {
+        for (const int H : {20, 130, 260}) ways(H, 9, 3, seed++, {});
+        ways(40, 300, 3, seed++, {}, 132, 2);
+    }
+    if (what == "few") {
+        for (const int parts : {2, 8}) ways(44, 11, 4, seed++, {ClusterForm::cluster, parts});
+        for (const int parts : {3, 5}) ways(44, 11, 4, seed++, {ClusterForm::grid, parts});
+        ways(70, 18, 4, seed++, {ClusterForm::cluster, 4});
+        ways(70, 18, 4, seed++, {ClusterForm::grid, 2}, 2);
+    }
+    // One row, one step; no step; no row.
+    if (what != "sizes")
+        for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid}) {
+            ways(20, 1, 1, seed++, {exchange, 2});
+            ways(20, 5, 0, seed++, {exchange, 2});
+            ways(20, 0, 4, seed++, {exchange, 2});
+        }
+    std::printf("%d cases, digest %016llx\n", cases, static_cast<unsigned long long>(digest));
+}
