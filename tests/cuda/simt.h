@@ -112,11 +112,8 @@ T shuffle_xor(T value, int mask) {
 
 inline int load_acquire(const int* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 inline void store_release(int* word, int value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
-inline uint4 load_shared_cache(const unsigned char* from) {
-    uint4 value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
-}
+inline void copy_16(unsigned char* shared, const unsigned char* from) { std::memcpy(shared, from, 16); }
+inline void wait_for_copies() {}
 inline int fetch_add(int* word, int value) { return __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
 inline void pause() { simt::pause(); }
 inline int found_anew(int value) { return value; }

@@ -22,14 +22,14 @@ namespace {
 
 constexpr int most_warps = 8;
 constexpr int most_cluster = 16;
-constexpr int copied_ahead = 4;  // chunks of 16 bytes that a thread holds on their way from the shared cache
 
 /// How the weights and the work lie over blocks, warps and shared memory.
 struct Spread {
     bool grid;  // parts need not be a cluster
     int parts;
     int pieces;  // of a part
-    int slices;
+    int slices;  // a power of two
+    int slice_bits;
     int share;    // k-blocks of a slice (backward: pairs of them)
     int passes;   // of 8 rows
     int tiles;    // of rows
@@ -45,6 +45,21 @@ struct Spread {
     int shared;
     unsigned char* space;  // of a grid: (slots, 2, rows, stride)
     int* flags;            // (directions * tiles, parts): steps that a part has sent
+};
+
+/// What a thread does in its part. From a thread's number found_anew it is found again where it is needed: registers
+/// are for weights.
+struct Work {
+    int lane;
+    int q;
+    int piece;
+    int slice;
+
+    __device__ Work(const Spread& spread, int thread)
+        : lane(thread % 32),
+          q(thread % 4),
+          piece(thread / 32 >> spread.slice_bits),
+          slice(thread / 32 & (spread.slices - 1)) {}
 };
 
 /// The tile's values of a step, found by all parts together.
@@ -80,7 +95,7 @@ struct Exchange {
         } else {
             block_sync();
             if (step == 0) return;
-            const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+            const int thread = found_anew(static_cast<int>(threadIdx.x)), threads = static_cast<int>(blockDim.x);
             if (thread < 32) {
                 int* const flags = spread.flags + static_cast<std::size_t>(spread.first + slot()) * spread.parts;
                 if (thread == 0) store_release(flags + part(), step);
@@ -90,16 +105,8 @@ struct Exchange {
             block_sync();
             const unsigned char* const from = space(step);
             unsigned char* const to = values(step);
-            for (int at = thread * 16; at < bytes(); at += threads * 16 * copied_ahead) {
-                uint4 coming[copied_ahead];
-#pragma unroll
-                for (int ahead = 0; ahead < copied_ahead; ++ahead)
-                    if (at + ahead * threads * 16 < bytes())
-                        coming[ahead] = load_shared_cache(from + at + ahead * threads * 16);
-#pragma unroll
-                for (int ahead = 0; ahead < copied_ahead; ++ahead)
-                    if (at + ahead * threads * 16 < bytes()) write(to + at + ahead * threads * 16, coming[ahead]);
-            }
+            for (int at = thread * 16; at < bytes(); at += threads * 16) copy_16(to + at, from + at);
+            wait_for_copies();
             block_sync();
         }
     }
@@ -155,12 +162,11 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         arrays.c_n = static_cast<T*>(call.c_n) + state;
     }
 
-    // Whatever the warp's number, the compiler is to see it as one for all lanes.
-    const int piece = warp % spread.pieces, slice = warp / spread.pieces;
-    const int group = exchange.part() * spread.pieces + piece, first_unit = exchange.part() * spread.pieces * 8;
-    const int u = group * 8 + lane / 4;
+    const Work all_along(spread, thread);
+    const int first_unit = exchange.part() * spread.pieces * 8;
+    const int group = exchange.part() * spread.pieces + all_along.piece;
     const bool mine = group * 8 < H;
-    const int first_block = slice * spread.share;
+    const int first_block = all_along.slice * spread.share;
     const int blocks = mine ? min(spread.share, (H + 31) / 32 - first_block) : 0;
 
     clear(exchange.values(0), exchange.bytes());
@@ -202,13 +208,13 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             write(to + chunk_of(unit / 8, row) * 16 + unit % 8 * 2,
                   reset ? at_or_zero<T>(call.initial_h, direction * H + unit) : from[unit]);
     }
-    const auto cell_place = [&](int pass) {
-        return memory + spread.state_at + ((pass * spread.pieces + piece) * 32 + lane) * 8;
+    const auto cell_place = [&](const Work& work, int pass) {
+        return memory + spread.state_at + ((pass * spread.pieces + work.piece) * 32 + work.lane) * 8;
     };
-    for (int pass = slice; pass < spread.passes; pass += spread.slices) {
+    for (int pass = all_along.slice; pass < spread.passes; pass += spread.slices) {
         float c[2] = {0.0f, 0.0f};
         for (int e = 0; e < 2; ++e) {
-            const int row = pass * 8 + 2 * q + e, n = tile.first + row;
+            const int row = pass * 8 + 2 * all_along.q + e, n = tile.first + row, u = group * 8 + lane / 4;
             if (u >= H || n >= batch) continue;
             const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
             T c_first = static_cast<const T*>(call.c)[state + place];
@@ -220,25 +226,29 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             }
             c[e] = to_float(c_first);
         }
-        write(cell_place(pass), make_float2(c[0], c[1]));
+        write(cell_place(all_along, pass), make_float2(c[0], c[1]));
     }
 
     int token_now = steps > 0 ? tile.token(time_of(0)) : 0, token_next = steps > 1 ? tile.token(time_of(1)) : 0;
     T coming[2][4];  // gate sums that were given
     const auto load_sums = [&](int step, int token, int pass) {
+        const Work work(spread, found_anew(thread));
+        const int u = first_unit + work.piece * 8 + work.lane / 4;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const int row = pass * 8 + 2 * q + e;
+            const int row = pass * 8 + 2 * work.q + e;
             const bool there = pass < spread.passes && step < steps && u < H && time_of(step) < tile.lengths[row];
-            const T* from = arrays.sums + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + u;
+            const T* from = in_global(arrays.sums) + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + u;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate) coming[e][gate] = there ? from[gate * H] : from_float<T>(0.0f);
         }
     };
-    const int lane_values = values_place(lane, spread.stride) + first_block * block_bytes;
     const auto multiply = [&](float (&all)[2][4], int step, int pass) {
         float sums[2][2][4] = {};
-        const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride + lane_values;
+        const Work work(spread, found_anew(thread));
+        const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride +
+                                            values_place(work.lane, spread.stride) +
+                                            work.slice * spread.share * block_bytes;
 #pragma unroll
         for (int block = 0; block < forward_kept; ++block)
             if (block < blocks) multiply_block<T>(sums, kept[block], read<uint4>(values + block * block_bytes));
@@ -254,10 +264,11 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             for (int at = 0; at < 4; ++at) all[half][at] = sums[0][half][at] + sums[1][half][at];
     };
     const auto finish = [&](const float (&all)[2][4], int step, int pass) {
-        const int t = time_of(step);
-        const float2 c_pair = read<float2>(cell_place(pass));
+        const Work work(spread, found_anew(thread));
+        const int t = time_of(step), q = work.q, at = work.piece * 8 + work.lane / 4, u = first_unit + at;
+        const float2 c_pair = read<float2>(cell_place(work, pass));
         float c_of[2] = {c_pair.x, c_pair.y};
-        const float4 bias = biases[piece * 8 + lane / 4];
+        const float4 bias = biases[at];
         float a[2][4];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -268,8 +279,8 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         }
         // Those of what comes behind are on their way meanwhile.
         const bool same = pass + spread.slices < spread.passes;
-        load_sums(same ? step : step + 1, same ? token_now : token_next, same ? pass + spread.slices : slice);
-        unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + piece) * 128;
+        load_sums(same ? step : step + 1, same ? token_now : token_next, same ? pass + spread.slices : work.slice);
+        unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 128;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int row = pass * 8 + 2 * q + e, n = tile.first + row, length = tile.lengths[row];
@@ -278,17 +289,18 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             T h_next = from_float<T>(u < H ? h : 0.0f);
             const std::int64_t token = token_now + n;
             if (u < H && t < length) {
-                arrays.y[token * width + u] = h_next;
-                if (T* const gates = arrays.gates) {
-                    T* const cells_out = arrays.cells;
+                in_global(arrays.y)[token * width + u] = h_next;
+                if (arrays.gates) {
+                    T* const gates = in_global(arrays.gates);
+                    T* const cells_out = in_global(arrays.cells);
 #pragma unroll
                     for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = from_float<T>(a[e][gate]);
                     cells_out[token * H + u] = from_float<T>(c);
                 }
                 if (t == (backwards ? 0 : length - 1)) {
                     const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
-                    arrays.h_n[place] = h_next;
-                    arrays.c_n[place] = from_float<T>(c);
+                    in_global(arrays.h_n)[place] = h_next;
+                    in_global(arrays.c_n)[place] = from_float<T>(c);
                 }
                 const int flagged = backwards ? t : t + 1;  // put to the initial state before the next step
                 if (call.steps.reset && flagged > 0 && flagged < length && tile.reset(flagged, row)) {
@@ -297,32 +309,33 @@ __device__ inline void sweep(const ForwardPlan& plan) {
                 }
                 c_of[e] = c;
             } else if (u < H) {
-                h_next = read<T>(exchange.values(step) + row * spread.stride + chunk_of(group, row) * 16 + u % 8 * 2);
+                h_next = read<T>(exchange.values(step) + row * spread.stride + chunk_of(u / 8, row) * 16 + u % 8 * 2);
                 if (zeros_past && n < batch) {
                     const T zero = from_float<T>(0.0f);
-                    arrays.y[token * width + u] = zero;
-                    if (T* const gates = arrays.gates) {
-                        T* const cells_out = arrays.cells;
+                    in_global(arrays.y)[token * width + u] = zero;
+                    if (arrays.gates) {
+                        T* const gates = in_global(arrays.gates);
+                        T* const cells_out = in_global(arrays.cells);
                         for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = zero;
                         cells_out[token * H + u] = zero;
                     }
                 }
             }
-            write(stage + (2 * q + e) * 16 + lane / 4 * 2, h_next);
+            write(stage + (2 * q + e) * 16 + work.lane / 4 * 2, h_next);
         }
-        write(cell_place(pass), make_float2(c_of[0], c_of[1]));
+        write(cell_place(work, pass), make_float2(c_of[0], c_of[1]));
         if (step + 1 == steps) return;
         warp_sync();
-        const int row = lane % 8;
-        exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(group, row) * 16,
-                      read<uint4>(stage + row * 16), lane / 8, 4);
+        const int row = work.lane % 8;
+        exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(first_unit / 8 + work.piece, row) * 16,
+                      read<uint4>(stage + row * 16), work.lane / 8, 4);
     };
-    const auto partial = [&](int pass, int of_slice) {
-        return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + piece) * 1024 +
-               lane * 16;
+    const auto partial = [&](const Work& work, int pass, int of_slice) {
+        return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + work.piece) * 1024 +
+               work.lane * 16;
     };
 
-    load_sums(0, token_now, slice);
+    load_sums(0, token_now, all_along.slice);
     for (int step = 0; step < steps; ++step) {
         exchange.meet(step);
         const int token_later = step + 2 < steps ? tile.token(time_of(step + 2)) : 0;
@@ -336,18 +349,20 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             for (int pass = 0; pass < spread.passes; ++pass) {
                 float all[2][4];
                 multiply(all, step, pass);
+                const Work work(spread, found_anew(thread));
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    write(partial(pass, slice) + half * 512,
+                    write(partial(work, pass, work.slice) + half * 512,
                           make_float4(all[half][0], all[half][1], all[half][2], all[half][3]));
             }
             block_sync();
-            for (int pass = slice; mine && pass < spread.passes; pass += spread.slices) {
+            const Work work(spread, found_anew(thread));
+            for (int pass = work.slice; mine && pass < spread.passes; pass += spread.slices) {
                 float all[2][4] = {};
                 for (int of_slice = 0; of_slice < spread.slices; ++of_slice)
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        const float4 found = read<float4>(partial(pass, of_slice) + half * 512);
+                        const float4 found = read<float4>(partial(work, pass, of_slice) + half * 512);
                         all[half][0] += found.x;
                         all[half][1] += found.y;
                         all[half][2] += found.z;
@@ -410,10 +425,11 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     const int width = call.directions * H;
     const bool zeros_past = call.steps.lengths != nullptr;
 
-    const int piece = warp % spread.pieces, slice = warp / spread.pieces;
-    const int at = exchange.part() * spread.pieces + piece, first_unit = exchange.part() * spread.pieces * 16;
+    const Work all_along(spread, thread);
+    const int first_unit = exchange.part() * spread.pieces * 16;
+    const int at = exchange.part() * spread.pieces + all_along.piece;
     const bool mine = at * 16 < H;
-    const int first_pair = slice * spread.share;
+    const int first_pair = all_along.slice * spread.share;
     const int pairs = mine ? min(spread.share, (H + 15) / 16 - first_pair) : 0;
 
     Fragments kept[backward_kept];
@@ -429,13 +445,13 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     }
 
     // The gradient of the cells on its way from step to step: [half of the tile][row].
-    const auto carried = [&](int pass) {
-        return memory + spread.state_at + ((pass * spread.pieces + piece) * 32 + lane) * 16;
+    const auto carried = [&](const Work& work, int pass) {
+        return memory + spread.state_at + ((pass * spread.pieces + work.piece) * 32 + work.lane) * 16;
     };
-    for (int pass = slice; pass < spread.passes; pass += spread.slices) {
-        write(carried(pass), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+    for (int pass = all_along.slice; pass < spread.passes; pass += spread.slices) {
+        write(carried(all_along, pass), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
         for (int place = 0; place < 4; ++place) {
-            const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
+            const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * all_along.q + place % 2;
             const int n = tile.first + row;
             if (unit >= H || n >= batch || tile.lengths[row] > 0) continue;
             const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
@@ -445,36 +461,38 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     }
 
     // What a tile reads of a step, on its way while the products before it run.
-    T gate_of[4][4], cell[4], cell_before[4], grad_y[4], grad_cell[4];
+    T gate_of[4][4], cell[4], cell_before[4], grad_y[4];
     const auto load = [&](int step, int token, int token_next, int pass) {
-        const int t = time_of(step);
+        const Work work(spread, found_anew(thread));
+        const int t = time_of(step), first_of_lane = first_unit + work.piece * 16 + work.lane / 4;
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
-            const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
+            const int unit = first_of_lane + place / 2 * 8, row = pass * 8 + 2 * work.q + place % 2;
             const int n = tile.first + row, length = pass < spread.passes ? tile.lengths[row] : 0;
             const T zero = from_float<T>(0.0f);
             const bool there = step < steps && unit < H && t < length;
             const std::int64_t place_now = static_cast<std::int64_t>(token + n) * H + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
-                gate_of[place][gate] = there ? arrays.gates[place_now * 4 - 3 * unit + gate * H] : zero;
-            cell[place] = there ? arrays.cells[place_now] : zero;
+                gate_of[place][gate] = there ? in_global(arrays.gates)[place_now * 4 - 3 * unit + gate * H] : zero;
+            cell[place] = there ? in_global(arrays.cells)[place_now] : zero;
             const bool first = backwards ? t + 1 == length : t == 0;  // of the forward pass
-            const T* before = first ? arrays.c + static_cast<std::int64_t>(n) * H + unit
-                                    : arrays.cells + static_cast<std::int64_t>(token_next + n) * H + unit;
+            const T* before = first ? in_global(arrays.c) + static_cast<std::int64_t>(n) * H + unit
+                                    : in_global(arrays.cells) + static_cast<std::int64_t>(token_next + n) * H + unit;
             cell_before[place] = there ? *before : zero;
             grad_y[place] = there && call.grad_outputs
-                                ? arrays.grad_outputs[static_cast<std::int64_t>(token + n) * width + unit]
+                                ? in_global(arrays.grad_outputs)[static_cast<std::int64_t>(token + n) * width + unit]
                                 : zero;
-            grad_cell[place] = there && call.grad_cells ? arrays.grad_cells[place_now] : zero;
         }
     };
 
-    const int lane_values = values_place(lane, spread.stride) + first_pair * 2 * block_bytes;
     const auto multiply = [&](float (&dh_of)[4], int step, int pass) {
         float sums[2][2][4] = {};
         if (step > 0) {
-            const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride + lane_values;
+            const Work work(spread, found_anew(thread));
+            const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride +
+                                                values_place(work.lane, spread.stride) +
+                                                work.slice * spread.share * 2 * block_bytes;
 #pragma unroll
             for (int pair = 0; pair < backward_kept; ++pair)
                 if (pair < pairs)
@@ -493,7 +511,8 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             dh_of[place] = (sums[0][0][place] + sums[0][1][place]) + (sums[1][0][place] + sums[1][1][place]);
     };
     const auto finish = [&](const float (&dh_of)[4], int step, int token, int pass) {
-        const int t = time_of(step);
+        const Work work(spread, found_anew(thread));
+        const int t = time_of(step), q = work.q, first_of_lane = first_unit + work.piece * 16 + work.lane / 4;
         bool cut[2] = {false, false};    // from the step that the sweep has just left
         bool fresh[2] = {false, false};  // the step began from the initial state
         int length[2];
@@ -506,14 +525,14 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             if (behind < length[e] && (!backwards || behind > 0)) cut[e] = tile.reset(behind, row);
             if (before >= 0 && before < length[e]) fresh[e] = tile.reset(before, row);
         }
-        const float4 dc_quad = read<float4>(carried(pass));
+        const float4 dc_quad = read<float4>(carried(work, pass));
         float dc_of[4] = {dc_quad.x, dc_quad.y, dc_quad.z, dc_quad.w};
-        unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + piece) * 1024;
+        unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 1024;
         // Chunks of a row change places, so that lanes of four rows meet different banks.
         const auto stage_place = [&](int row, int chunk) { return stage + row * 128 + (chunk ^ (row & 6)) * 16; };
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
-            const int e = place % 2, unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + e;
+            const int e = place % 2, unit = first_of_lane + place / 2 * 8, row = pass * 8 + 2 * q + e;
             const int n = tile.first + row;
             const bool exists = unit < H && n < batch;
             const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
@@ -535,7 +554,10 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                                               : to_float(cell_before[place]);
                 const float tanh_c = tanh_for(to_float(cell[place]), T());
                 dh += to_float(grad_y[place]);
-                dc += dh * o * (1.0f - tanh_c * tanh_c) + to_float(grad_cell[place]);
+                dc += dh * o * (1.0f - tanh_c * tanh_c) +
+                      (call.grad_cells
+                           ? to_float(in_global(arrays.grad_cells)[static_cast<std::int64_t>(token + n) * H + unit])
+                           : 0.0f);
                 results[0] = from_float<T>(dc * g * i * (1.0f - i));
                 results[1] = from_float<T>(dc * before * f * (1.0f - f));
                 results[2] = from_float<T>(dc * i * (1.0f - g * g));
@@ -546,31 +568,32 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                 for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
             }
             if (exists && (t < length[e] || zeros_past)) {
-                T* const to = arrays.grad_sums + static_cast<std::int64_t>(token + n) * 4 * H + unit;
+                T* const to = in_global(arrays.grad_sums) + static_cast<std::int64_t>(token + n) * 4 * H + unit;
 #pragma unroll
                 for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
             }
-            write(stage_place(2 * q + e, (lane / 4 + place / 2 * 8) / 2) + unit % 2 * 8,
+            write(stage_place(2 * q + e, work.lane / 8 + place / 2 * 4) + work.lane / 4 % 2 * 8,
                   make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
         }
         if (step == steps) return;
-        write(carried(pass), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
+        write(carried(work, pass), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
         warp_sync();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = lane / 8 + half * 4, chunk = lane % 8;
-            exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(at * 8 + chunk, row) * 16,
+            const int row = work.lane / 8 + half * 4, chunk = work.lane % 8;
+            const int of_all = (first_unit / 16 + work.piece) * 8 + chunk;
+            exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(of_all, row) * 16,
                           read<uint4>(stage_place(row, chunk)), 0, 1);
         }
     };
-    const auto partial = [&](int pass, int of_slice) {
-        return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + piece) * 512 +
-               lane * 16;
+    const auto partial = [&](const Work& work, int pass, int of_slice) {
+        return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + work.piece) * 512 +
+               work.lane * 16;
     };
 
     int token_now = token_of(0), token_next = token_of(1), token_later = token_of(2);
     block_sync();
-    load(0, token_now, token_next, slice);
+    load(0, token_now, token_next, all_along.slice);
     // Step 0 reads no values: the first meeting is that all parts have begun.
     for (int step = 0; step <= steps; ++step) {
         exchange.meet(step);
@@ -579,7 +602,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             finish(dh_of, step, token_now, pass);
             const bool same = pass + spread.slices < spread.passes;
             load(same ? step : step + 1, same ? token_now : token_next, same ? token_next : token_later,
-                 same ? pass + spread.slices : slice);
+                 same ? pass + spread.slices : Work(spread, found_anew(thread)).slice);
         };
         if (spread.slices == 1) {
             for (int pass = 0; pass < spread.passes; ++pass) {
@@ -591,13 +614,15 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             for (int pass = 0; pass < spread.passes; ++pass) {
                 float dh_of[4];
                 multiply(dh_of, step, pass);
-                write(partial(pass, slice), make_float4(dh_of[0], dh_of[1], dh_of[2], dh_of[3]));
+                const Work work(spread, found_anew(thread));
+                write(partial(work, pass, work.slice), make_float4(dh_of[0], dh_of[1], dh_of[2], dh_of[3]));
             }
             block_sync();
-            for (int pass = slice; mine && pass < spread.passes; pass += spread.slices) {
+            const Work work(spread, found_anew(thread));
+            for (int pass = work.slice; mine && pass < spread.passes; pass += spread.slices) {
                 float dh_of[4] = {};
                 for (int of_slice = 0; of_slice < spread.slices; ++of_slice) {
-                    const float4 found = read<float4>(partial(pass, of_slice));
+                    const float4 found = read<float4>(partial(work, pass, of_slice));
                     dh_of[0] += found.x;
                     dh_of[1] += found.y;
                     dh_of[2] += found.z;
@@ -670,7 +695,11 @@ bool lay(const Sizes& sizes, std::size_t limit, Spread* spread) {
     spread->pieces = up(sizes.pieces, spread->parts);
     if (spread->pieces > most_warps) return false;
     spread->slices = 1;
-    while (2 * spread->slices * spread->pieces <= most_warps && spread->slices < sizes.blocks) spread->slices *= 2;
+    spread->slice_bits = 0;
+    while (2 * spread->slices * spread->pieces <= most_warps && spread->slices < sizes.blocks) {
+        spread->slices *= 2;
+        ++spread->slice_bits;
+    }
     spread->share = up(sizes.blocks, spread->slices);
     spread->stride = sizes.stride;
     const int warps = spread->pieces * spread->slices, each_pass = spread->pieces * spread->passes;

@@ -62,15 +62,16 @@ __device__ inline void store_release(int* word, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
-/// What another block wrote and told of: read from the cache that blocks share.
-__device__ inline uint4 load_shared_cache(const unsigned char* from) {
-    uint4 value;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(from)
+/// 16 bytes from global to shared memory, read from the cache that blocks share, so that it may be what another block
+/// wrote and told of; there behind a wait_for_copies of the same thread.
+__device__ inline void copy_16(unsigned char* shared, const unsigned char* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+                 "l"(from)
                  : "memory");
-    return value;
 }
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /// Returns the value before.
 __device__ inline int fetch_add(int* word, int value) { return atomicAdd(word, value); }
