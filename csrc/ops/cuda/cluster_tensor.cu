@@ -47,8 +47,11 @@ struct Spread {
     int* flags;            // (directions * tiles, parts): steps that a part has sent
 };
 
-/// What a thread does in its part. From a thread's number found_anew it is found again where it is needed: registers
-/// are for weights.
+/// The compiler takes it for a new value each time, so that what is found from it is found again where it is needed,
+/// and does not stay in registers, which are for weights.
+__device__ inline int this_thread() { return found_anew(static_cast<int>(threadIdx.x)); }
+
+/// What a thread does in its part.
 struct Work {
     int lane;
     int q;
@@ -95,7 +98,7 @@ struct Exchange {
         } else {
             block_sync();
             if (step == 0) return;
-            const int thread = found_anew(static_cast<int>(threadIdx.x)), threads = static_cast<int>(blockDim.x);
+            const int thread = this_thread(), threads = static_cast<int>(blockDim.x);
             if (thread < 32) {
                 int* const flags = spread.flags + static_cast<std::size_t>(spread.first + slot()) * spread.parts;
                 if (thread == 0) store_release(flags + part(), step);
@@ -141,7 +144,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     auto& arrays = *reinterpret_cast<ForwardArrays<T>*>(memory + arrays_at);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int threads = static_cast<int>(blockDim.x);
-    const int q = lane % 4, H = call.hidden_size, batch = call.steps.batch;
+    const int H = call.hidden_size, batch = call.steps.batch;
     const int direction = (spread.first + exchange.slot()) / spread.tiles;
     const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
     const int rows = spread.passes * 8;
@@ -185,15 +188,18 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     }
 
     Fragments kept[forward_kept];
-    unsigned char* const slots =
-        memory + spread.fragments_at + (warp * max(spread.share - forward_kept, 0) - forward_kept) * slot_bytes;
+    // Slots of a warp are those of the k-blocks behind its kept ones.
+    const auto slot_of = [&](int of_thread, int block) {
+        return memory + spread.fragments_at +
+               (of_thread / 32 * (spread.share - forward_kept) + block - forward_kept) * slot_bytes;
+    };
 #pragma unroll
     for (int block = 0; block < forward_kept; ++block)
         if (block < blocks) load_fragments<T>(kept[block], weights.weight_hh, group, H, first_block + block, H, lane);
     for (int block = forward_kept; block < blocks; ++block) {
         Fragments found;
         load_fragments<T>(found, weights.weight_hh, group, H, first_block + block, H, lane);
-        write_fragments(found, slots + block * slot_bytes, lane);
+        write_fragments(found, slot_of(thread, block), lane);
     }
     block_sync();  // the values are clear
 
@@ -232,7 +238,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     int token_now = steps > 0 ? tile.token(time_of(0)) : 0, token_next = steps > 1 ? tile.token(time_of(1)) : 0;
     T coming[2][4];  // gate sums that were given
     const auto load_sums = [&](int step, int token, int pass) {
-        const Work work(spread, found_anew(thread));
+        const Work work(spread, this_thread());
         const int u = first_unit + work.piece * 8 + work.lane / 4;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -245,7 +251,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     };
     const auto multiply = [&](float (&all)[2][4], int step, int pass) {
         float sums[2][2][4] = {};
-        const Work work(spread, found_anew(thread));
+        const Work work(spread, this_thread());
         const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride +
                                             values_place(work.lane, spread.stride) +
                                             work.slice * spread.share * block_bytes;
@@ -255,7 +261,8 @@ __device__ inline void sweep(const ForwardPlan& plan) {
 #pragma unroll 1
         for (int block = forward_kept; block < blocks; ++block) {
             Fragments found;
-            read_fragments(found, slots + block * slot_bytes, lane);
+            const int again = this_thread();
+            read_fragments(found, slot_of(again, block), again % 32);
             multiply_block<T>(sums, found, read<uint4>(values + block * block_bytes));
         }
 #pragma unroll
@@ -264,7 +271,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             for (int at = 0; at < 4; ++at) all[half][at] = sums[0][half][at] + sums[1][half][at];
     };
     const auto finish = [&](const float (&all)[2][4], int step, int pass) {
-        const Work work(spread, found_anew(thread));
+        const Work work(spread, this_thread());
         const int t = time_of(step), q = work.q, at = work.piece * 8 + work.lane / 4, u = first_unit + at;
         const float2 c_pair = read<float2>(cell_place(work, pass));
         float c_of[2] = {c_pair.x, c_pair.y};
@@ -349,14 +356,14 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             for (int pass = 0; pass < spread.passes; ++pass) {
                 float all[2][4];
                 multiply(all, step, pass);
-                const Work work(spread, found_anew(thread));
+                const Work work(spread, this_thread());
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
                     write(partial(work, pass, work.slice) + half * 512,
                           make_float4(all[half][0], all[half][1], all[half][2], all[half][3]));
             }
             block_sync();
-            const Work work(spread, found_anew(thread));
+            const Work work(spread, this_thread());
             for (int pass = work.slice; mine && pass < spread.passes; pass += spread.slices) {
                 float all[2][4] = {};
                 for (int of_slice = 0; of_slice < spread.slices; ++of_slice)
@@ -403,7 +410,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     const Exchange<Clusters> exchange = {spread, memory};
     auto& arrays = *reinterpret_cast<BackwardArrays<T>*>(memory + arrays_at);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const int q = lane % 4, H = call.hidden_size, batch = call.steps.batch;
+    const int H = call.hidden_size, batch = call.steps.batch;
     const int direction = (spread.first + exchange.slot()) / spread.tiles;
     const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
     const int rows = spread.passes * 8;
@@ -433,15 +440,18 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     const int pairs = mine ? min(spread.share, (H + 15) / 16 - first_pair) : 0;
 
     Fragments kept[backward_kept];
-    unsigned char* const slots =
-        memory + spread.fragments_at + (warp * max(spread.share - backward_kept, 0) - backward_kept) * slot_bytes;
+    // Slots of a warp are those of the pairs behind its kept ones.
+    const auto slot_of = [&](int of_thread, int pair) {
+        return memory + spread.fragments_at +
+               (of_thread / 32 * (spread.share - backward_kept) + pair - backward_kept) * slot_bytes;
+    };
 #pragma unroll
     for (int pair = 0; pair < backward_kept; ++pair)
         if (pair < pairs) load_transposed<T>(kept[pair], call.weight_hh[direction], at, first_pair + pair, H, lane);
     for (int pair = backward_kept; pair < pairs; ++pair) {
         Fragments found;
         load_transposed<T>(found, call.weight_hh[direction], at, first_pair + pair, H, lane);
-        write_fragments(found, slots + pair * slot_bytes, lane);
+        write_fragments(found, slot_of(thread, pair), lane);
     }
 
     // The gradient of the cells on its way from step to step: [half of the tile][row].
@@ -463,7 +473,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     // What a tile reads of a step, on its way while the products before it run.
     T gate_of[4][4], cell[4], cell_before[4], grad_y[4];
     const auto load = [&](int step, int token, int token_next, int pass) {
-        const Work work(spread, found_anew(thread));
+        const Work work(spread, this_thread());
         const int t = time_of(step), first_of_lane = first_unit + work.piece * 16 + work.lane / 4;
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
@@ -489,7 +499,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     const auto multiply = [&](float (&dh_of)[4], int step, int pass) {
         float sums[2][2][4] = {};
         if (step > 0) {
-            const Work work(spread, found_anew(thread));
+            const Work work(spread, this_thread());
             const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride +
                                                 values_place(work.lane, spread.stride) +
                                                 work.slice * spread.share * 2 * block_bytes;
@@ -501,7 +511,8 @@ __device__ inline void sweep(const BackwardPlan& plan) {
 #pragma unroll 1
             for (int pair = backward_kept; pair < pairs; ++pair) {
                 Fragments found;
-                read_fragments(found, slots + pair * slot_bytes, lane);
+                const int again = this_thread();
+                read_fragments(found, slot_of(again, pair), again % 32);
                 multiply_pair<T>(sums, found, read<uint4>(values + pair * 2 * block_bytes),
                                  read<uint4>(values + pair * 2 * block_bytes + block_bytes));
             }
@@ -511,7 +522,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             dh_of[place] = (sums[0][0][place] + sums[0][1][place]) + (sums[1][0][place] + sums[1][1][place]);
     };
     const auto finish = [&](const float (&dh_of)[4], int step, int token, int pass) {
-        const Work work(spread, found_anew(thread));
+        const Work work(spread, this_thread());
         const int t = time_of(step), q = work.q, first_of_lane = first_unit + work.piece * 16 + work.lane / 4;
         bool cut[2] = {false, false};    // from the step that the sweep has just left
         bool fresh[2] = {false, false};  // the step began from the initial state
@@ -602,7 +613,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             finish(dh_of, step, token_now, pass);
             const bool same = pass + spread.slices < spread.passes;
             load(same ? step : step + 1, same ? token_now : token_next, same ? token_next : token_later,
-                 same ? pass + spread.slices : Work(spread, found_anew(thread)).slice);
+                 same ? pass + spread.slices : Work(spread, this_thread()).slice);
         };
         if (spread.slices == 1) {
             for (int pass = 0; pass < spread.passes; ++pass) {
@@ -614,11 +625,11 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             for (int pass = 0; pass < spread.passes; ++pass) {
                 float dh_of[4];
                 multiply(dh_of, step, pass);
-                const Work work(spread, found_anew(thread));
+                const Work work(spread, this_thread());
                 write(partial(work, pass, work.slice), make_float4(dh_of[0], dh_of[1], dh_of[2], dh_of[3]));
             }
             block_sync();
-            const Work work(spread, found_anew(thread));
+            const Work work(spread, this_thread());
             for (int pass = work.slice; mine && pass < spread.passes; pass += spread.slices) {
                 float dh_of[4] = {};
                 for (int of_slice = 0; of_slice < spread.slices; ++of_slice) {
