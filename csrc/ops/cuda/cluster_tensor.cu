@@ -51,6 +51,16 @@ struct Spread {
 /// and does not stay in registers, which are for weights.
 __device__ inline int this_thread() { return found_anew(static_cast<int>(threadIdx.x)); }
 
+/// What all threads of a part know, in shared memory as well: of a step the token of its row 0, three steps ahead.
+struct Course {
+    int steps;
+    int first_unit;
+    int tokens[4];
+
+    __device__ int token(int step) const { return tokens[step & 3]; }
+};
+constexpr int course_at = 224;
+
 /// What a thread does in its part.
 struct Work {
     int lane;
@@ -150,8 +160,14 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     const int rows = spread.passes * 8;
     const Tile tile = {call.steps, (spread.first + exchange.slot()) % spread.tiles * rows, rows,
                        reinterpret_cast<int*>(memory)};
-    const int steps = tile.longest();
-    const auto time_of = [&](int step) { return backwards ? steps - 1 - step : step; };
+    auto& course = *reinterpret_cast<Course*>(memory + course_at);
+    if (thread == 0) course.first_unit = exchange.part() * spread.pieces * 8;
+    {
+        const int steps = tile.longest();
+        if (thread == 0) course.steps = steps;
+    }
+    const auto time_of = [&](int step) { return backwards ? course.steps - 1 - step : step; };
+    const auto token_of = [&](int step) { return step < course.steps ? tile.token(time_of(step)) : 0; };
     const int width = call.directions * H;
     const std::int64_t state = static_cast<std::int64_t>(direction) * batch * H;
     const bool zeros_past = call.steps.lengths != nullptr;
@@ -166,18 +182,20 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     }
 
     const Work all_along(spread, thread);
-    const int first_unit = exchange.part() * spread.pieces * 8;
+    block_sync();
     const int group = exchange.part() * spread.pieces + all_along.piece;
     const bool mine = group * 8 < H;
     const int first_block = all_along.slice * spread.share;
     const int blocks = mine ? min(spread.share, (H + 31) / 32 - first_block) : 0;
 
+    if (thread == 0)
+        for (int step = 0; step < 3; ++step) course.tokens[step] = token_of(step);
     clear(exchange.values(0), exchange.bytes());
     if (Clusters) clear(exchange.values(1), exchange.bytes());
     const StageWeights& weights = call.stages[direction];
     float4* const biases = reinterpret_cast<float4*>(memory + spread.bias_at);
     for (int at = thread; at < spread.pieces * 8; at += threads) {
-        const int unit = first_unit + at;
+        const int unit = course.first_unit + at;
         float bias[4] = {};
         for (int gate = 0; gate < 4 && unit < H; ++gate)
             for (const WeightView* view : {&weights.bias_ih, &weights.bias_hh})
@@ -235,16 +253,17 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         write(cell_place(all_along, pass), make_float2(c[0], c[1]));
     }
 
-    int token_now = steps > 0 ? tile.token(time_of(0)) : 0, token_next = steps > 1 ? tile.token(time_of(1)) : 0;
     T coming[2][4];  // gate sums that were given
-    const auto load_sums = [&](int step, int token, int pass) {
+    const auto load_sums = [&](int step, int pass) {
         const Work work(spread, this_thread());
-        const int u = first_unit + work.piece * 8 + work.lane / 4;
+        const int u = course.first_unit + work.piece * 8 + work.lane / 4;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int row = pass * 8 + 2 * work.q + e;
-            const bool there = pass < spread.passes && step < steps && u < H && time_of(step) < tile.lengths[row];
-            const T* from = in_global(arrays.sums) + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + u;
+            const bool there =
+                pass < spread.passes && step < course.steps && u < H && time_of(step) < tile.lengths[row];
+            const T* from =
+                in_global(arrays.sums) + static_cast<std::int64_t>(course.token(step) + tile.first + row) * 4 * H + u;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate) coming[e][gate] = there ? from[gate * H] : from_float<T>(0.0f);
         }
@@ -272,7 +291,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     };
     const auto finish = [&](const float (&all)[2][4], int step, int pass) {
         const Work work(spread, this_thread());
-        const int t = time_of(step), q = work.q, at = work.piece * 8 + work.lane / 4, u = first_unit + at;
+        const int t = time_of(step), q = work.q, at = work.piece * 8 + work.lane / 4, u = course.first_unit + at;
         const float2 c_pair = read<float2>(cell_place(work, pass));
         float c_of[2] = {c_pair.x, c_pair.y};
         const float4 bias = biases[at];
@@ -286,7 +305,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         }
         // Those of what comes behind are on their way meanwhile.
         const bool same = pass + spread.slices < spread.passes;
-        load_sums(same ? step : step + 1, same ? token_now : token_next, same ? pass + spread.slices : work.slice);
+        load_sums(same ? step : step + 1, same ? pass + spread.slices : work.slice);
         unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 128;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -294,7 +313,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             float c = c_of[e], h;
             update(a[e], c, h, T());
             T h_next = from_float<T>(u < H ? h : 0.0f);
-            const std::int64_t token = token_now + n;
+            const std::int64_t token = course.token(step) + n;
             if (u < H && t < length) {
                 in_global(arrays.y)[token * width + u] = h_next;
                 if (arrays.gates) {
@@ -331,10 +350,11 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             write(stage + (2 * q + e) * 16 + work.lane / 4 * 2, h_next);
         }
         write(cell_place(work, pass), make_float2(c_of[0], c_of[1]));
-        if (step + 1 == steps) return;
+        if (step + 1 == course.steps) return;
         warp_sync();
         const int row = work.lane % 8;
-        exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(first_unit / 8 + work.piece, row) * 16,
+        exchange.send(step + 1,
+                      (pass * 8 + row) * spread.stride + chunk_of(course.first_unit / 8 + work.piece, row) * 16,
                       read<uint4>(stage + row * 16), work.lane / 8, 4);
     };
     const auto partial = [&](const Work& work, int pass, int of_slice) {
@@ -342,10 +362,10 @@ __device__ inline void sweep(const ForwardPlan& plan) {
                work.lane * 16;
     };
 
-    load_sums(0, token_now, all_along.slice);
-    for (int step = 0; step < steps; ++step) {
+    load_sums(0, all_along.slice);
+    for (int step = 0; step < course.steps; ++step) {
         exchange.meet(step);
-        const int token_later = step + 2 < steps ? tile.token(time_of(step + 2)) : 0;
+        if (this_thread() == 0) course.tokens[(step + 3) & 3] = token_of(step + 3);
         if (spread.slices == 1) {
             for (int pass = 0; pass < spread.passes; ++pass) {
                 float all[2][4];
@@ -378,17 +398,15 @@ __device__ inline void sweep(const ForwardPlan& plan) {
                 finish(all, step, pass);
             }
         }
-        token_now = token_next;
-        token_next = token_later;
     }
 
     // Nothing is sent behind the last meeting: no part writes to one that may have ended.
-    if (zeros_past && first_unit < H) {
-        const int units = min(spread.pieces * 8, H - first_unit);
-        clear_past(arrays.y + first_unit, tile, steps, units, width);
+    if (zeros_past && course.first_unit < H) {
+        const int units = min(spread.pieces * 8, H - course.first_unit);
+        clear_past(arrays.y + course.first_unit, tile, course.steps, units, width);
         for (int gate = 0; gate < 4 && arrays.gates; ++gate)
-            clear_past(arrays.gates + gate * H + first_unit, tile, steps, units, 4 * H);
-        if (arrays.cells) clear_past(arrays.cells + first_unit, tile, steps, units, H);
+            clear_past(arrays.gates + gate * H + course.first_unit, tile, course.steps, units, 4 * H);
+        if (arrays.cells) clear_past(arrays.cells + course.first_unit, tile, course.steps, units, H);
     }
 }
 
@@ -416,9 +434,14 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     const int rows = spread.passes * 8;
     const Tile tile = {call.steps, (spread.first + exchange.slot()) % spread.tiles * rows, rows,
                        reinterpret_cast<int*>(memory)};
-    const int steps = tile.longest();
-    const auto time_of = [&](int step) { return backwards ? step : steps - 1 - step; };
-    const auto token_of = [&](int step) { return step < steps ? tile.token(time_of(step)) : 0; };
+    auto& course = *reinterpret_cast<Course*>(memory + course_at);
+    if (thread == 0) course.first_unit = exchange.part() * spread.pieces * 16;
+    {
+        const int steps = tile.longest();
+        if (thread == 0) course.steps = steps;
+    }
+    const auto time_of = [&](int step) { return backwards ? step : course.steps - 1 - step; };
+    const auto token_of = [&](int step) { return step < course.steps ? tile.token(time_of(step)) : 0; };
     const std::int64_t state = static_cast<std::int64_t>(direction) * batch * H;
     if (thread == 0) {
         const std::int64_t past = direction * call.steps.tokens * H;
@@ -433,11 +456,15 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     const bool zeros_past = call.steps.lengths != nullptr;
 
     const Work all_along(spread, thread);
-    const int first_unit = exchange.part() * spread.pieces * 16;
+    block_sync();
     const int at = exchange.part() * spread.pieces + all_along.piece;
     const bool mine = at * 16 < H;
     const int first_pair = all_along.slice * spread.share;
     const int pairs = mine ? min(spread.share, (H + 15) / 16 - first_pair) : 0;
+
+    if (thread == 0)
+        for (int step = 0; step < 3; ++step) course.tokens[step] = token_of(step);
+    block_sync();
 
     Fragments kept[backward_kept];
     // Slots of a warp are those of the pairs behind its kept ones.
@@ -472,15 +499,16 @@ __device__ inline void sweep(const BackwardPlan& plan) {
 
     // What a tile reads of a step, on its way while the products before it run.
     T gate_of[4][4], cell[4], cell_before[4], grad_y[4];
-    const auto load = [&](int step, int token, int token_next, int pass) {
+    const auto load = [&](int step, int pass) {
+        const int token = course.token(step), token_next = course.token(step + 1);
         const Work work(spread, this_thread());
-        const int t = time_of(step), first_of_lane = first_unit + work.piece * 16 + work.lane / 4;
+        const int t = time_of(step), first_of_lane = course.first_unit + work.piece * 16 + work.lane / 4;
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
             const int unit = first_of_lane + place / 2 * 8, row = pass * 8 + 2 * work.q + place % 2;
             const int n = tile.first + row, length = pass < spread.passes ? tile.lengths[row] : 0;
             const T zero = from_float<T>(0.0f);
-            const bool there = step < steps && unit < H && t < length;
+            const bool there = step < course.steps && unit < H && t < length;
             const std::int64_t place_now = static_cast<std::int64_t>(token + n) * H + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
@@ -521,9 +549,10 @@ __device__ inline void sweep(const BackwardPlan& plan) {
         for (int place = 0; place < 4; ++place)
             dh_of[place] = (sums[0][0][place] + sums[0][1][place]) + (sums[1][0][place] + sums[1][1][place]);
     };
-    const auto finish = [&](const float (&dh_of)[4], int step, int token, int pass) {
+    const auto finish = [&](const float (&dh_of)[4], int step, int pass) {
         const Work work(spread, this_thread());
-        const int t = time_of(step), q = work.q, first_of_lane = first_unit + work.piece * 16 + work.lane / 4;
+        const int token = course.token(step);
+        const int t = time_of(step), q = work.q, first_of_lane = course.first_unit + work.piece * 16 + work.lane / 4;
         bool cut[2] = {false, false};    // from the step that the sweep has just left
         bool fresh[2] = {false, false};  // the step began from the initial state
         int length[2];
@@ -548,11 +577,11 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             const bool exists = unit < H && n < batch;
             const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
             float dh = cut[e] ? 0.0f : dh_of[place], dc = cut[e] ? 0.0f : dc_of[place];
-            if (exists && length[e] > 0 && (backwards ? t == length[e] : step == steps)) {
+            if (exists && length[e] > 0 && (backwards ? t == length[e] : step == course.steps)) {
                 static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
                 static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
             }
-            if (step == steps) continue;
+            if (step == course.steps) continue;
             T results[4];
             if (exists && t < length[e]) {
                 if (backwards ? t == 0 : t == length[e] - 1) {
@@ -586,13 +615,13 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             write(stage_place(2 * q + e, work.lane / 8 + place / 2 * 4) + work.lane / 4 % 2 * 8,
                   make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
         }
-        if (step == steps) return;
+        if (step == course.steps) return;
         write(carried(work, pass), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
         warp_sync();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = work.lane / 8 + half * 4, chunk = work.lane % 8;
-            const int of_all = (first_unit / 16 + work.piece) * 8 + chunk;
+            const int of_all = (course.first_unit / 16 + work.piece) * 8 + chunk;
             exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(of_all, row) * 16,
                           read<uint4>(stage_place(row, chunk)), 0, 1);
         }
@@ -602,18 +631,15 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                work.lane * 16;
     };
 
-    int token_now = token_of(0), token_next = token_of(1), token_later = token_of(2);
-    block_sync();
-    load(0, token_now, token_next, all_along.slice);
+    load(0, all_along.slice);
     // Step 0 reads no values: the first meeting is that all parts have begun.
-    for (int step = 0; step <= steps; ++step) {
+    for (int step = 0; step <= course.steps; ++step) {
         exchange.meet(step);
-        const int token_last = token_of(step + 3);
+        if (this_thread() == 0) course.tokens[(step + 3) & 3] = token_of(step + 3);
         const auto finish_and_load = [&](const float (&dh_of)[4], int pass) {
-            finish(dh_of, step, token_now, pass);
+            finish(dh_of, step, pass);
             const bool same = pass + spread.slices < spread.passes;
-            load(same ? step : step + 1, same ? token_now : token_next, same ? token_next : token_later,
-                 same ? pass + spread.slices : Work(spread, this_thread()).slice);
+            load(same ? step : step + 1, same ? pass + spread.slices : Work(spread, this_thread()).slice);
         };
         if (spread.slices == 1) {
             for (int pass = 0; pass < spread.passes; ++pass) {
@@ -642,14 +668,11 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                 finish_and_load(dh_of, pass);
             }
         }
-        token_now = token_next;
-        token_next = token_later;
-        token_later = token_last;
     }
-    if (zeros_past && first_unit < H)
+    if (zeros_past && course.first_unit < H)
         for (int gate = 0; gate < 4; ++gate)
-            clear_past(arrays.grad_sums + gate * H + first_unit, tile, steps, min(spread.pieces * 16, H - first_unit),
-                       4 * H);
+            clear_past(arrays.grad_sums + gate * H + course.first_unit, tile, course.steps,
+                       min(spread.pieces * 16, H - course.first_unit), 4 * H);
 }
 
 /// -----------------------------------------------------------------------------------------------------------------
