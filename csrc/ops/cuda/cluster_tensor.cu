@@ -184,9 +184,11 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     const Work all_along(spread, thread);
     block_sync();
     const int group = exchange.part() * spread.pieces + all_along.piece;
-    const bool mine = group * 8 < H;
-    const int first_block = all_along.slice * spread.share;
-    const int blocks = mine ? min(spread.share, (H + 31) / 32 - first_block) : 0;
+    const auto exists = [&](const Work& work) { return course.first_unit + work.piece * 8 < H; };
+    const auto blocks_of = [&](const Work& work) {
+        return exists(work) ? min(spread.share, (H + 31) / 32 - work.slice * spread.share) : 0;
+    };
+    const int first_block = all_along.slice * spread.share, blocks = blocks_of(all_along);
 
     if (thread == 0)
         for (int step = 0; step < 3; ++step) course.tokens[step] = token_of(step);
@@ -274,6 +276,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride +
                                             values_place(work.lane, spread.stride) +
                                             work.slice * spread.share * block_bytes;
+        const int blocks = blocks_of(work);
 #pragma unroll
         for (int block = 0; block < forward_kept; ++block)
             if (block < blocks) multiply_block<T>(sums, kept[block], read<uint4>(values + block * block_bytes));
@@ -370,7 +373,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             for (int pass = 0; pass < spread.passes; ++pass) {
                 float all[2][4];
                 multiply(all, step, pass);
-                if (mine) finish(all, step, pass);
+                if (exists(Work(spread, this_thread()))) finish(all, step, pass);
             }
         } else {
             for (int pass = 0; pass < spread.passes; ++pass) {
@@ -384,7 +387,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             }
             block_sync();
             const Work work(spread, this_thread());
-            for (int pass = work.slice; mine && pass < spread.passes; pass += spread.slices) {
+            for (int pass = work.slice; exists(work) && pass < spread.passes; pass += spread.slices) {
                 float all[2][4] = {};
                 for (int of_slice = 0; of_slice < spread.slices; ++of_slice)
 #pragma unroll
@@ -427,7 +430,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     unsigned char* const memory = shared_memory();
     const Exchange<Clusters> exchange = {spread, memory};
     auto& arrays = *reinterpret_cast<BackwardArrays<T>*>(memory + arrays_at);
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
     const int H = call.hidden_size, batch = call.steps.batch;
     const int direction = (spread.first + exchange.slot()) / spread.tiles;
     const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
@@ -458,9 +461,11 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     const Work all_along(spread, thread);
     block_sync();
     const int at = exchange.part() * spread.pieces + all_along.piece;
-    const bool mine = at * 16 < H;
-    const int first_pair = all_along.slice * spread.share;
-    const int pairs = mine ? min(spread.share, (H + 15) / 16 - first_pair) : 0;
+    const auto exists = [&](const Work& work) { return course.first_unit + work.piece * 16 < H; };
+    const auto pairs_of = [&](const Work& work) {
+        return exists(work) ? min(spread.share, (H + 15) / 16 - work.slice * spread.share) : 0;
+    };
+    const int first_pair = all_along.slice * spread.share, pairs = pairs_of(all_along);
 
     if (thread == 0)
         for (int step = 0; step < 3; ++step) course.tokens[step] = token_of(step);
@@ -531,6 +536,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride +
                                                 values_place(work.lane, spread.stride) +
                                                 work.slice * spread.share * 2 * block_bytes;
+            const int pairs = pairs_of(work);
 #pragma unroll
             for (int pair = 0; pair < backward_kept; ++pair)
                 if (pair < pairs)
@@ -574,16 +580,16 @@ __device__ inline void sweep(const BackwardPlan& plan) {
         for (int place = 0; place < 4; ++place) {
             const int e = place % 2, unit = first_of_lane + place / 2 * 8, row = pass * 8 + 2 * q + e;
             const int n = tile.first + row;
-            const bool exists = unit < H && n < batch;
+            const bool there = unit < H && n < batch;
             const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
             float dh = cut[e] ? 0.0f : dh_of[place], dc = cut[e] ? 0.0f : dc_of[place];
-            if (exists && length[e] > 0 && (backwards ? t == length[e] : step == course.steps)) {
+            if (there && length[e] > 0 && (backwards ? t == length[e] : step == course.steps)) {
                 static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
                 static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
             }
             if (step == course.steps) continue;
             T results[4];
-            if (exists && t < length[e]) {
+            if (there && t < length[e]) {
                 if (backwards ? t == 0 : t == length[e] - 1) {
                     dh = to_float(at_or_zero<T>(call.grad_h_n, where));
                     dc = to_float(at_or_zero<T>(call.grad_c_n, where));
@@ -607,7 +613,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
 #pragma unroll
                 for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
             }
-            if (exists && (t < length[e] || zeros_past)) {
+            if (there && (t < length[e] || zeros_past)) {
                 T* const to = in_global(arrays.grad_sums) + static_cast<std::int64_t>(token + n) * 4 * H + unit;
 #pragma unroll
                 for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
@@ -645,7 +651,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             for (int pass = 0; pass < spread.passes; ++pass) {
                 float dh_of[4];
                 multiply(dh_of, step, pass);
-                if (mine) finish_and_load(dh_of, pass);
+                if (exists(Work(spread, this_thread()))) finish_and_load(dh_of, pass);
             }
         } else {
             for (int pass = 0; pass < spread.passes; ++pass) {
@@ -656,7 +662,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             }
             block_sync();
             const Work work(spread, this_thread());
-            for (int pass = work.slice; mine && pass < spread.passes; pass += spread.slices) {
+            for (int pass = work.slice; exists(work) && pass < spread.passes; pass += spread.slices) {
                 float dh_of[4] = {};
                 for (int of_slice = 0; of_slice < spread.slices; ++of_slice) {
                     const float4 found = read<float4>(partial(work, pass, of_slice));
