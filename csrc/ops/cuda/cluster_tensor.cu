@@ -661,8 +661,9 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                 write(partial(work, pass, work.slice), make_float4(dh_of[0], dh_of[1], dh_of[2], dh_of[3]));
             }
             block_sync();
-            const Work work(spread, this_thread());
-            for (int pass = work.slice; exists(work) && pass < spread.passes; pass += spread.slices) {
+            const auto again = [&] { return Work(spread, this_thread()); };
+            for (int pass = again().slice; exists(again()) && pass < spread.passes; pass += spread.slices) {
+                const Work work = again();
                 float dh_of[4] = {};
                 for (int of_slice = 0; of_slice < spread.slices; ++of_slice) {
                     const float4 found = read<float4>(partial(work, pass, of_slice));
