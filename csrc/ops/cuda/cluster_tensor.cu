@@ -369,22 +369,20 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     for (int step = 0; step < course.steps; ++step) {
         exchange.meet(step);
         if (this_thread() == 0) course.tokens[(step + 3) & 3] = token_of(step + 3);
-        if (spread.slices == 1) {
-            for (int pass = 0; pass < spread.passes; ++pass) {
-                float all[2][4];
-                multiply(all, step, pass);
-                if (exists(Work(spread, this_thread()))) finish(all, step, pass);
-            }
-        } else {
-            for (int pass = 0; pass < spread.passes; ++pass) {
-                float all[2][4];
-                multiply(all, step, pass);
-                const Work work(spread, this_thread());
+        for (int pass = 0; pass < spread.passes; ++pass) {
+            float all[2][4];
+            multiply(all, step, pass);
+            const Work work(spread, this_thread());
+            if (spread.slices > 1) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
                     write(partial(work, pass, work.slice) + half * 512,
                           make_float4(all[half][0], all[half][1], all[half][2], all[half][3]));
+            } else if (exists(work)) {
+                finish(all, step, pass);
             }
+        }
+        if (spread.slices > 1) {
             block_sync();
             const Work work(spread, this_thread());
             for (int pass = work.slice; exists(work) && pass < spread.passes; pass += spread.slices) {
@@ -647,19 +645,16 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             const bool same = pass + spread.slices < spread.passes;
             load(same ? step : step + 1, same ? pass + spread.slices : Work(spread, this_thread()).slice);
         };
-        if (spread.slices == 1) {
-            for (int pass = 0; pass < spread.passes; ++pass) {
-                float dh_of[4];
-                multiply(dh_of, step, pass);
-                if (exists(Work(spread, this_thread()))) finish_and_load(dh_of, pass);
-            }
-        } else {
-            for (int pass = 0; pass < spread.passes; ++pass) {
-                float dh_of[4];
-                multiply(dh_of, step, pass);
-                const Work work(spread, this_thread());
+        for (int pass = 0; pass < spread.passes; ++pass) {
+            float dh_of[4];
+            multiply(dh_of, step, pass);
+            const Work work(spread, this_thread());
+            if (spread.slices > 1)
                 write(partial(work, pass, work.slice), make_float4(dh_of[0], dh_of[1], dh_of[2], dh_of[3]));
-            }
+            else if (exists(work))
+                finish_and_load(dh_of, pass);
+        }
+        if (spread.slices > 1) {
             block_sync();
             const auto again = [&] { return Work(spread, this_thread()); };
             for (int pass = again().slice; exists(again()) && pass < spread.passes; pass += spread.slices) {
