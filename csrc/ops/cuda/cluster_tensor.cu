@@ -30,7 +30,8 @@ struct Spread {
     int pieces;  // of a part
     int slices;  // a power of two
     int slice_bits;
-    int share;    // k-blocks of a slice (backward: pairs of them)
+    int blocks;   // of k (backward: pairs of them)
+    int share;    // of a slice
     int passes;   // of 8 rows
     int tiles;    // of rows
     int slots;    // (direction, tile) at once
@@ -55,11 +56,13 @@ __device__ inline int this_thread() { return found_anew(static_cast<int>(threadI
 struct Course {
     int steps;
     int first_unit;
+    int direction;
     int tokens[4];
 
     __device__ int token(int step) const { return tokens[step & 3]; }
 };
 constexpr int course_at = 224;
+static_assert(course_at + sizeof(Course) <= header_bytes, "the header has room");
 
 /// What a thread does in its part.
 struct Work {
@@ -161,7 +164,10 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     const Tile tile = {call.steps, (spread.first + exchange.slot()) % spread.tiles * rows, rows,
                        reinterpret_cast<int*>(memory)};
     auto& course = *reinterpret_cast<Course*>(memory + course_at);
-    if (thread == 0) course.first_unit = exchange.part() * spread.pieces * 8;
+    if (thread == 0) {
+        course.direction = direction;
+        course.first_unit = exchange.part() * spread.pieces * 8;
+    }
     {
         const int steps = tile.longest();
         if (thread == 0) course.steps = steps;
@@ -186,7 +192,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     const int group = exchange.part() * spread.pieces + all_along.piece;
     const auto exists = [&](const Work& work) { return course.first_unit + work.piece * 8 < H; };
     const auto blocks_of = [&](const Work& work) {
-        return exists(work) ? min(spread.share, (H + 31) / 32 - work.slice * spread.share) : 0;
+        return exists(work) ? min(spread.share, spread.blocks - work.slice * spread.share) : 0;
     };
     const int first_block = all_along.slice * spread.share, blocks = blocks_of(all_along);
 
@@ -232,7 +238,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         unsigned char* const to = exchange.values(0) + row * spread.stride;
         for (int unit = lane; unit < H; unit += 32)
             write(to + chunk_of(unit / 8, row) * 16 + unit % 8 * 2,
-                  reset ? at_or_zero<T>(call.initial_h, direction * H + unit) : from[unit]);
+                  reset ? at_or_zero<T>(call.initial_h, course.direction * H + unit) : from[unit]);
     }
     const auto cell_place = [&](const Work& work, int pass) {
         return memory + spread.state_at + ((pass * spread.pieces + work.piece) * 32 + work.lane) * 8;
@@ -248,7 +254,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
                 arrays.h_n[place] = static_cast<const T*>(call.h)[state + place];
                 arrays.c_n[place] = c_first;
             } else if (starts_reset(row)) {
-                c_first = at_or_zero<T>(call.initial_c, direction * H + u);
+                c_first = at_or_zero<T>(call.initial_c, course.direction * H + u);
             }
             c[e] = to_float(c_first);
         }
@@ -333,8 +339,8 @@ __device__ inline void sweep(const ForwardPlan& plan) {
                 }
                 const int flagged = backwards ? t : t + 1;  // put to the initial state before the next step
                 if (call.steps.reset && flagged > 0 && flagged < length && tile.reset(flagged, row)) {
-                    h_next = at_or_zero<T>(call.initial_h, direction * H + u);
-                    c = to_float(at_or_zero<T>(call.initial_c, direction * H + u));
+                    h_next = at_or_zero<T>(call.initial_h, course.direction * H + u);
+                    c = to_float(at_or_zero<T>(call.initial_c, course.direction * H + u));
                 }
                 c_of[e] = c;
             } else if (u < H) {
@@ -436,7 +442,10 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     const Tile tile = {call.steps, (spread.first + exchange.slot()) % spread.tiles * rows, rows,
                        reinterpret_cast<int*>(memory)};
     auto& course = *reinterpret_cast<Course*>(memory + course_at);
-    if (thread == 0) course.first_unit = exchange.part() * spread.pieces * 16;
+    if (thread == 0) {
+        course.direction = direction;
+        course.first_unit = exchange.part() * spread.pieces * 16;
+    }
     {
         const int steps = tile.longest();
         if (thread == 0) course.steps = steps;
@@ -461,7 +470,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     const int at = exchange.part() * spread.pieces + all_along.piece;
     const auto exists = [&](const Work& work) { return course.first_unit + work.piece * 16 < H; };
     const auto pairs_of = [&](const Work& work) {
-        return exists(work) ? min(spread.share, (H + 15) / 16 - work.slice * spread.share) : 0;
+        return exists(work) ? min(spread.share, spread.blocks - work.slice * spread.share) : 0;
     };
     const int first_pair = all_along.slice * spread.share, pairs = pairs_of(all_along);
 
@@ -520,7 +529,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             const bool first = backwards ? t + 1 == length : t == 0;  // of the forward pass
             const T* before = first ? in_global(arrays.c) + static_cast<std::int64_t>(n) * H + unit
                                     : in_global(arrays.cells) + static_cast<std::int64_t>(token_next + n) * H + unit;
-            cell_before[place] = there ? *before : zero;
+            cell_before[place] = there ? *in_global(before) : zero;
             grad_y[place] = there && call.grad_outputs
                                 ? in_global(arrays.grad_outputs)[static_cast<std::int64_t>(token + n) * width + unit]
                                 : zero;
@@ -530,10 +539,13 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     const auto multiply = [&](float (&dh_of)[4], int step, int pass) {
         float sums[2][2][4] = {};
         if (step > 0) {
+            const auto again_values = [&](int of_thread) {
+                const Work work(spread, of_thread);
+                return exchange.values(step) + pass * 8 * spread.stride + values_place(work.lane, spread.stride) +
+                       work.slice * spread.share * 2 * block_bytes;
+            };
             const Work work(spread, this_thread());
-            const unsigned char* const values = exchange.values(step) + pass * 8 * spread.stride +
-                                                values_place(work.lane, spread.stride) +
-                                                work.slice * spread.share * 2 * block_bytes;
+            const unsigned char* const values = again_values(this_thread());
             const int pairs = pairs_of(work);
 #pragma unroll
             for (int pair = 0; pair < backward_kept; ++pair)
@@ -544,9 +556,9 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             for (int pair = backward_kept; pair < pairs; ++pair) {
                 Fragments found;
                 const int again = this_thread();
+                const unsigned char* const here = again_values(again) + pair * 2 * block_bytes;
                 read_fragments(found, slot_of(again, pair), again % 32);
-                multiply_pair<T>(sums, found, read<uint4>(values + pair * 2 * block_bytes),
-                                 read<uint4>(values + pair * 2 * block_bytes + block_bytes));
+                multiply_pair<T>(sums, found, read<uint4>(here), read<uint4>(here + block_bytes));
             }
         }
 #pragma unroll
@@ -579,7 +591,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             const int e = place % 2, unit = first_of_lane + place / 2 * 8, row = pass * 8 + 2 * q + e;
             const int n = tile.first + row;
             const bool there = unit < H && n < batch;
-            const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
+            const std::int64_t where = (static_cast<std::int64_t>(course.direction) * batch + n) * H + unit;
             float dh = cut[e] ? 0.0f : dh_of[place], dc = cut[e] ? 0.0f : dc_of[place];
             if (there && length[e] > 0 && (backwards ? t == length[e] : step == course.steps)) {
                 static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
@@ -594,7 +606,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                 }
                 const float i = to_float(gate_of[place][0]), f = to_float(gate_of[place][1]);
                 const float g = to_float(gate_of[place][2]), o = to_float(gate_of[place][3]);
-                const float before = fresh[e] ? to_float(at_or_zero<T>(call.initial_c, direction * H + unit))
+                const float before = fresh[e] ? to_float(at_or_zero<T>(call.initial_c, course.direction * H + unit))
                                               : to_float(cell_before[place]);
                 const float tanh_c = tanh_for(to_float(cell[place]), T());
                 dh += to_float(grad_y[place]);
@@ -736,6 +748,7 @@ bool lay(const Sizes& sizes, std::size_t limit, Spread* spread) {
         spread->slices *= 2;
         ++spread->slice_bits;
     }
+    spread->blocks = sizes.blocks;
     spread->share = up(sizes.blocks, spread->slices);
     spread->stride = sizes.stride;
     const int warps = spread->pieces * spread->slices, each_pass = spread->pieces * spread->passes;
