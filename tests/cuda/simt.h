@@ -130,6 +130,20 @@ T* remote(T* shared, int rank) {
     return reinterpret_cast<T*>(simt::shared_of(rank) + (here - simt::here->shared));
 }
 
+/// Here a word counts all bytes that ever came.
+using Arrivals = std::uint64_t;
+inline void begin_arrivals(Arrivals* arrivals) { __atomic_store_n(arrivals, 0, __ATOMIC_RELEASE); }
+inline void expect_arrivals(Arrivals*, int) {}
+inline void send_16(unsigned char* shared, const uint4& value, Arrivals* arrivals, int rank) {
+    std::memcpy(remote(shared, rank), &value, sizeof(value));
+    __atomic_fetch_add(remote(arrivals, rank), sizeof(value), __ATOMIC_RELEASE);
+}
+inline void wait_for_arrivals(Arrivals* arrivals, int phase, int bytes) {
+    while (__atomic_load_n(arrivals, __ATOMIC_ACQUIRE) <
+           static_cast<Arrivals>(phase + 1) * static_cast<Arrivals>(bytes))
+        pause();
+}
+
 /// Bytes of shared memory that a block may have: that of an H100.
 inline std::size_t shared_limit() { return 227 * 1024; }
 

@@ -27,6 +27,8 @@ constexpr int most_cluster = 16;
 struct Spread {
     bool grid;  // parts need not be a cluster
     int parts;
+    int busy;    // of them, those that have pieces
+    int sent;    // bytes of the values of a step
     int pieces;  // of a part
     int slices;  // a power of two
     int slice_bits;
@@ -61,7 +63,7 @@ struct Course {
 
     __device__ int token(int step) const { return tokens[step & 3]; }
 };
-constexpr int course_at = 224;
+constexpr int arrivals_at = 192, course_at = 224;
 static_assert(course_at + sizeof(Course) <= header_bytes, "the header has room");
 
 /// What a thread does in its part.
@@ -91,6 +93,10 @@ struct Exchange {
     __device__ unsigned char* values(int step) const {
         return memory + spread.values_at + (Clusters ? (step & 1) * bytes() : 0);
     }
+    /// Of a cluster: of the values of step 1 and of every second one behind it, of step 2 and of every second one.
+    __device__ Arrivals* arrivals(int step) const {
+        return reinterpret_cast<Arrivals*>(memory + arrivals_at) + (step & 1);
+    }
     __device__ unsigned char* space(int step) const {
         return spread.space + static_cast<std::size_t>(slot() * 2 + (step & 1)) * static_cast<std::size_t>(bytes());
     }
@@ -98,16 +104,33 @@ struct Exchange {
     /// those from `first` on that are `apart` apart.
     __device__ void send(int step, int place, const uint4& value, int first, int apart) const {
         if constexpr (Clusters) {
-            unsigned char* const to = values(step) + place;
-            for (int rank = first; rank < spread.parts; rank += apart) write(remote(to, rank), value);
+            for (int rank = first; rank < spread.busy; rank += apart)
+                send_16(values(step) + place, value, arrivals(step), rank);
         } else if (first == 0) {
             write(space(step) + place, value);
         }
     }
-    /// All parts' values of step `step` are here, and those of the step before no longer needed.
+    /// Whether a warp, with a piece of the product or without, leaves behind the first meeting.
+    __device__ bool idle(bool with_piece) const {
+        return Clusters && !with_piece && (spread.slices == 1 || part() >= spread.busy);
+    }
+    /// All parts' values of step `step` are here. In a cluster nothing else is waited for: whoever has them all knows
+    /// that all warps of all parts have read those of the step before, as each sends what it found behind its last
+    /// read, so that its buffer is free; and a warp that sends nothing meets the others of its block on the way.
     __device__ void meet(int step) const {
         if constexpr (Clusters) {
-            cluster_sync();
+            const bool tells = this_thread() == 0;
+            if (step == 0) {
+                for (int next = 0; tells && next < 2; ++next) {
+                    begin_arrivals(arrivals(next));
+                    expect_arrivals(arrivals(next), spread.sent);
+                }
+                cluster_sync();
+                return;
+            }
+            wait_for_arrivals(arrivals(step), (step - 1) / 2, spread.sent);
+            warp_sync();
+            if (tells) expect_arrivals(arrivals(step), spread.sent);
         } else {
             block_sync();
             if (step == 0) return;
@@ -372,8 +395,10 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     };
 
     load_sums(0, all_along.slice);
+
     for (int step = 0; step < course.steps; ++step) {
         exchange.meet(step);
+        if (step == 0 && exchange.idle(exists(Work(spread, this_thread())))) break;
         if (this_thread() == 0) course.tokens[(step + 3) & 3] = token_of(step + 3);
         for (int pass = 0; pass < spread.passes; ++pass) {
             float all[2][4];
@@ -651,6 +676,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     // Step 0 reads no values: the first meeting is that all parts have begun.
     for (int step = 0; step <= course.steps; ++step) {
         exchange.meet(step);
+        if (step == 0 && exchange.idle(exists(Work(spread, this_thread())))) break;
         if (this_thread() == 0) course.tokens[(step + 3) & 3] = token_of(step + 3);
         const auto finish_and_load = [&](const float (&dh_of)[4], int pass) {
             finish(dh_of, step, pass);
@@ -742,6 +768,8 @@ constexpr int up(int a, int b) { return (a + b - 1) / b; }
 bool lay(const Sizes& sizes, std::size_t limit, Spread* spread) {
     spread->pieces = up(sizes.pieces, spread->parts);
     if (spread->pieces > most_warps) return false;
+    spread->busy = up(sizes.pieces, spread->pieces);
+    spread->sent = sizes.pieces * spread->passes * sizes.stage;
     spread->slices = 1;
     spread->slice_bits = 0;
     while (2 * spread->slices * spread->pieces <= most_warps && spread->slices < sizes.blocks) {

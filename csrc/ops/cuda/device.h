@@ -65,10 +65,10 @@ __device__ inline void store_release(int* word, int value) {
 /// 16 bytes from global to shared memory, read from the cache that blocks share, so that it may be what another block
 /// wrote and told of; there behind a wait_for_copies of the same thread.
 __device__ inline void copy_16(unsigned char* shared, const unsigned char* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-                 "l"(from)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+        "l"(from)
+        : "memory");
 }
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -158,6 +158,46 @@ __device__ inline T* remote(T* shared, int rank) {
     std::uint64_t address;
     asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<std::uint64_t>(shared)), "r"(rank));
     return reinterpret_cast<T*>(address);
+}
+
+/// Counts the bytes that blocks of a cluster send to this one, phase by phase, each of as many bytes: a word of shared
+/// memory. One thread begins it, and the cluster meets before anything is sent.
+using Arrivals = std::uint64_t;
+
+__device__ inline unsigned shared_address(const void* shared) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
+
+__device__ inline void begin_arrivals(Arrivals* arrivals) {
+    asm volatile(
+        "mbarrier.init.shared.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(arrivals))
+        : "memory");
+}
+
+/// Once for each phase, by one thread, when the phase before is over.
+__device__ inline void expect_arrivals(Arrivals* arrivals, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes)
+                 : "memory");
+}
+
+/// Puts 16 bytes to the same place in the cluster's block `rank`, whose arrivals count them.
+__device__ inline void send_16(unsigned char* shared, const uint4& value, Arrivals* arrivals, int rank) {
+    asm volatile(
+        "{\n.reg .b32 to, word;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 word, %1, %2;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [to], {%3, %4, %5, %6}, [word];\n}" ::"r"(
+            shared_address(shared)),
+        "r"(shared_address(arrivals)), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+        : "memory");
+}
+
+/// Waits until the bytes of `phase`, counted from 0, have come; none may be two phases behind.
+__device__ inline void wait_for_arrivals(Arrivals* arrivals, int phase, int) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain_%=:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra again_%=;\n}" ::"r"(
+            shared_address(arrivals)),
+        "r"(phase & 1)
+        : "memory");
 }
 
 /// Bytes of shared memory that a block may have on the current device.
