@@ -1,7 +1,7 @@
 /// Recurrences too large for one block, on tensor cores, float16 and bfloat16. The weights of a direction lie over
 /// several blocks ("parts"), and a tile of rows goes through all steps with every part: each finds what its own units
 /// add and sends it to the others, whose shared memory holds the whole tile. Parts are the blocks of a cluster, which
-/// write to one another's shared memory and meet at one cluster barrier a step, or any blocks of a grid that runs at
+/// write to one another's shared memory and count the bytes that they are sent, or any blocks of a grid that runs at
 /// once: they send through the cache that all share, and wait for one flag a part. Tiles know nothing of one another.
 ///
 /// In a part a warp has one piece of the product (8 units forward, 16 backward) and one slice of k. Slices of a piece
@@ -9,9 +9,9 @@
 ///
 /// Backward, the parts send dgates (16 bits, 4 H a row) and each finds dh of its own units from all of them. The other
 /// way, partial sums of dh in float32 from each part's own dgates, would move half the bytes through a cluster and as
-/// many through the cache, but roundings would hang on the number of parts, and the owner would add as many terms as
-/// there are parts behind the barrier, where nothing hides it. Products and exchange also stay those of the way
-/// forward.
+/// many through the cache, but the owner would add as many terms as there are parts once the last has come, where
+/// nothing hides it, and its products would be of a few units of k each, which leaves the sums of a warp no room beside
+/// its weights.
 #include <atomic>
 
 #include "tensor.h"
