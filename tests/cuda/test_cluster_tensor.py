@@ -1,4 +1,4 @@
-"""Weights over several blocks (csrc/ops/cuda/cluster_tensor.cu) on the emulated device, against the formula in double."""
+"""Weights over several blocks (csrc/ops/cuda/cluster_tensor.cu), emulated, against the formula in double."""
 
 from pathlib import Path
 
