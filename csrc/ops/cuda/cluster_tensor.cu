@@ -59,11 +59,11 @@ struct Course {
     int steps;
     int first_unit;
     int direction;
-    int tokens[4];
+    int tokens[8];  // thread 0 may be a step ahead of other warps
 
-    __device__ int token(int step) const { return tokens[step & 3]; }
+    __device__ int token(int step) const { return tokens[step & 7]; }
 };
-constexpr int arrivals_at = 192, course_at = 224;
+constexpr int arrivals_at = 176, course_at = 192;
 static_assert(course_at + sizeof(Course) <= header_bytes, "the header has room");
 
 /// What a thread does in its part.
@@ -339,55 +339,64 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         const bool same = pass + spread.slices < spread.passes;
         load_sums(same ? step : step + 1, same ? pass + spread.slices : work.slice);
         unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 128;
+
+        float c_next[2];
+        T h_of[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const int row = pass * 8 + 2 * q + e, n = tile.first + row, length = tile.lengths[row];
-            float c = c_of[e], h;
-            update(a[e], c, h, T());
-            T h_next = from_float<T>(u < H ? h : 0.0f);
-            const std::int64_t token = course.token(step) + n;
-            if (u < H && t < length) {
-                in_global(arrays.y)[token * width + u] = h_next;
-                if (arrays.gates) {
-                    T* const gates = in_global(arrays.gates);
-                    T* const cells_out = in_global(arrays.cells);
-#pragma unroll
-                    for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = from_float<T>(a[e][gate]);
-                    cells_out[token * H + u] = from_float<T>(c);
-                }
-                if (t == (backwards ? 0 : length - 1)) {
-                    const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
-                    in_global(arrays.h_n)[place] = h_next;
-                    in_global(arrays.c_n)[place] = from_float<T>(c);
-                }
-                const int flagged = backwards ? t : t + 1;  // put to the initial state before the next step
-                if (call.steps.reset && flagged > 0 && flagged < length && tile.reset(flagged, row)) {
-                    h_next = at_or_zero<T>(call.initial_h, course.direction * H + u);
-                    c = to_float(at_or_zero<T>(call.initial_c, course.direction * H + u));
-                }
-                c_of[e] = c;
-            } else if (u < H) {
+            const int row = pass * 8 + 2 * q + e, length = tile.lengths[row];
+            const float c_before = c_of[e];
+            float h;
+            update(a[e], c_of[e], h, T());
+            h_of[e] = from_float<T>(h);
+            T h_next = h_of[e];
+            c_next[e] = c_of[e];
+            if (u >= H) {
+                h_next = from_float<T>(0.0f);
+            } else if (t >= length) {
                 h_next = read<T>(exchange.values(step) + row * spread.stride + chunk_of(u / 8, row) * 16 + u % 8 * 2);
-                if (zeros_past && n < batch) {
-                    const T zero = from_float<T>(0.0f);
-                    in_global(arrays.y)[token * width + u] = zero;
-                    if (arrays.gates) {
-                        T* const gates = in_global(arrays.gates);
-                        T* const cells_out = in_global(arrays.cells);
-                        for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = zero;
-                        cells_out[token * H + u] = zero;
-                    }
+                c_next[e] = c_before;
+            } else if (call.steps.reset) {
+                const int flagged = backwards ? t : t + 1;  // put to the initial state before the next step
+                if (flagged > 0 && flagged < length && tile.reset(flagged, row)) {
+                    h_next = at_or_zero<T>(call.initial_h, course.direction * H + u);
+                    c_next[e] = to_float(at_or_zero<T>(call.initial_c, course.direction * H + u));
                 }
             }
             write(stage + (2 * q + e) * 16 + work.lane / 4 * 2, h_next);
         }
-        write(cell_place(work, pass), make_float2(c_of[0], c_of[1]));
-        if (step + 1 == course.steps) return;
-        warp_sync();
-        const int row = work.lane % 8;
-        exchange.send(step + 1,
-                      (pass * 8 + row) * spread.stride + chunk_of(course.first_unit / 8 + work.piece, row) * 16,
-                      read<uint4>(stage + row * 16), work.lane / 8, 4);
+        write(cell_place(work, pass), make_float2(c_next[0], c_next[1]));
+        if (step + 1 < course.steps) {
+            warp_sync();
+            const int row = work.lane % 8;
+            exchange.send(step + 1,
+                          (pass * 8 + row) * spread.stride + chunk_of(course.first_unit / 8 + work.piece, row) * 16,
+                          read<uint4>(stage + row * 16), work.lane / 8, 4);
+        }
+        // What nobody waits for.
+        if (u >= H) return;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = pass * 8 + 2 * q + e, n = tile.first + row, length = tile.lengths[row];
+            const std::int64_t token = course.token(step) + n;
+            const bool past = t >= length;
+            if (past && (!zeros_past || n >= batch)) continue;
+            const T zero = from_float<T>(0.0f);
+            in_global(arrays.y)[token * width + u] = past ? zero : h_of[e];
+            if (arrays.gates) {
+                T* const gates = in_global(arrays.gates);
+                T* const cells_out = in_global(arrays.cells);
+#pragma unroll
+                for (int gate = 0; gate < 4; ++gate)
+                    gates[(token * 4 + gate) * H + u] = past ? zero : from_float<T>(a[e][gate]);
+                cells_out[token * H + u] = past ? zero : from_float<T>(c_of[e]);
+            }
+            if (!past && t == (backwards ? 0 : length - 1)) {
+                const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
+                in_global(arrays.h_n)[place] = h_of[e];
+                in_global(arrays.c_n)[place] = from_float<T>(c_of[e]);
+            }
+        }
     };
     const auto partial = [&](const Work& work, int pass, int of_slice) {
         return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + work.piece) * 1024 +
@@ -399,7 +408,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     for (int step = 0; step < course.steps; ++step) {
         exchange.meet(step);
         if (step == 0 && exchange.idle(exists(Work(spread, this_thread())))) break;
-        if (this_thread() == 0) course.tokens[(step + 3) & 3] = token_of(step + 3);
+        if (this_thread() == 0) course.tokens[(step + 3) & 7] = token_of(step + 3);
         for (int pass = 0; pass < spread.passes; ++pass) {
             float all[2][4];
             multiply(all, step, pass);
@@ -611,6 +620,9 @@ __device__ inline void sweep(const BackwardPlan& plan) {
         unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 1024;
         // Chunks of a row change places, so that lanes of four rows meet different banks.
         const auto stage_place = [&](int row, int chunk) { return stage + row * 128 + (chunk ^ (row & 6)) * 16; };
+        const auto result_place = [&](const Work& of, int place) {
+            return stage_place(2 * of.q + place % 2, of.lane / 8 + place / 2 * 4) + of.lane / 4 % 2 * 8;
+        };
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
             const int e = place % 2, unit = first_of_lane + place / 2 * 8, row = pass * 8 + 2 * q + e;
@@ -648,12 +660,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
 #pragma unroll
                 for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
             }
-            if (there && (t < length[e] || zeros_past)) {
-                T* const to = in_global(arrays.grad_sums) + static_cast<std::int64_t>(token + n) * 4 * H + unit;
-#pragma unroll
-                for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
-            }
-            write(stage_place(2 * q + e, work.lane / 8 + place / 2 * 4) + work.lane / 4 % 2 * 8,
+            write(result_place(work, place),
                   make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
         }
         if (step == course.steps) return;
@@ -666,6 +673,19 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(of_all, row) * 16,
                           read<uint4>(stage_place(row, chunk)), 0, 1);
         }
+// What nobody waits for.
+#pragma unroll 1
+        for (int place = 0; place < 4; ++place) {
+            const int e = place % 2, unit = first_of_lane + place / 2 * 8, n = tile.first + pass * 8 + 2 * q + e;
+            if (unit >= H || n >= batch || (t >= tile.lengths[pass * 8 + 2 * q + e] && !zeros_past)) continue;
+            const uint2 results = read<uint2>(result_place(work, place));
+            T* const to =
+                in_global(arrays.grad_sums) + static_cast<std::int64_t>(course.token(step) + n) * 4 * H + unit;
+            to[0] = from_bits<T>(results.x);
+            to[H] = from_bits<T>(results.x >> 16);
+            to[2 * H] = from_bits<T>(results.y);
+            to[3 * H] = from_bits<T>(results.y >> 16);
+        }
     };
     const auto partial = [&](const Work& work, int pass, int of_slice) {
         return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + work.piece) * 512 +
@@ -677,7 +697,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     for (int step = 0; step <= course.steps; ++step) {
         exchange.meet(step);
         if (step == 0 && exchange.idle(exists(Work(spread, this_thread())))) break;
-        if (this_thread() == 0) course.tokens[(step + 3) & 3] = token_of(step + 3);
+        if (this_thread() == 0) course.tokens[(step + 3) & 7] = token_of(step + 3);
         const auto finish_and_load = [&](const float (&dh_of)[4], int pass) {
             finish(dh_of, step, pass);
             const bool same = pass + spread.slices < spread.passes;
