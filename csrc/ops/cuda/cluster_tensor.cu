@@ -63,7 +63,8 @@ struct Course {
 
     __device__ int token(int step) const { return tokens[step & 7]; }
 };
-constexpr int arrivals_at = 176, course_at = 192;
+[[maybe_unused]] constexpr int arrivals_at = 176;  // of clusters
+constexpr int course_at = 192;
 static_assert(course_at + sizeof(Course) <= header_bytes, "the header has room");
 
 /// What a thread does in its part.
