@@ -123,8 +123,9 @@ const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t 
     if (shared > 48 * 1024)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error == cudaSuccess) {
-        kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)> > >(argument);
-        error = cudaPeekAtLastError();
+        void* arguments[] = {const_cast<Argument*>(&argument)};
+        error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared,
+                                 static_cast<cudaStream_t>(stream));
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
