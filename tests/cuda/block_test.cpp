@@ -194,7 +194,7 @@ void check(const Case& c) {
         if (c.sums) call.stages[stage].weight_ih.data = nullptr;
     }
     call.x = c.sums ? nullptr : x.bytes.data();
-    call.sums = c.sums ? sums.bytes.data() : nullptr;
+    call.sums = !c.sums ? nullptr : P > 0 ? static_cast<const void*>(sums.bytes.data()) : &call;
     call.h = h.bytes.data();
     call.c = cell.bytes.data();
     call.initial_h = c.initial ? initial_h.bytes.data() : nullptr;
@@ -404,12 +404,12 @@ int main(int count, char** arguments) {
             c.type = types[pick(0, 3)];
             c.hidden = H;
             c.directions = pick(1, 2);
-            c.layers = round % 2 == 0 ? 1 : pick(1, H <= 64 ? 4 : 2);
+            c.layers = round % 2 == 0 || H > 110 ? 1 : pick(1, H <= 64 ? 4 : 2);
             c.sums = c.layers == 1 && (H > 128 || pick(0, 2) == 0);
             c.inputs = pick(1, std::min(2 * H, 64));
-            if (H > 96 && c.layers > 1) {  // as much as there is room for
+            if (H > 64 && c.layers > 1) {  // as much as there is room for
                 c.directions = 1;
-                if (H > 110) c.layers = 1, c.sums = H > 128;
+                c.inputs = std::min(c.inputs, H);
             }
             c.batch = pick(0, 9) == 0 ? 0 : pick(1, 7);
             c.steps = pick(0, 9) == 0 ? 1 : pick(1, 7);
