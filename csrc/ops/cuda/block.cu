@@ -735,7 +735,8 @@ const char* start_rows(const Plan& how, const Task& task) {
 
 template <int Wide, int Narrow, class Task>
 const char* start_any(const Plan& how, const Task& task) {
-    if (how.lanes == Narrow) return how.held == 48 ? start_rows<Narrow, 48>(how, task) : start_rows<Narrow, 36>(how, task);
+    if (how.lanes == Narrow)
+        return how.held == 48 ? start_rows<Narrow, 48>(how, task) : start_rows<Narrow, 36>(how, task);
     if (how.held == 8) return start_rows<Wide, 8>(how, task);
     if (how.held == 16) return start_rows<Wide, 16>(how, task);
     if (how.held == 24) return start_rows<Wide, 24>(how, task);
