@@ -115,23 +115,17 @@ struct CopyStates {
 template <class T>
 const char* copy_states(const CopyStates<T>& call, void* stream);
 
-/// unpack.cu: y (steps, batch, ...) += x, `width` values of each row, as a residual layer does, and behind them c of
-/// the layer's cells, if it gives them.
+/// unpack.cu: y (steps, batch, width) += x, of contiguous rows, as a residual layer does.
 template <class T>
-struct JoinRows {
+struct AddRows {
     std::int64_t batch;
     std::int64_t steps;
-    int parts;
-    struct Part {
-        Rows<const T> from;
-        const T* add;  ///< null, or (steps, batch, width), added
-        std::int64_t width;
-        std::int64_t column;  ///< where it begins in a row of `to`
-    } part[4];
-    Rows<T> to;
+    std::int64_t width;
+    const T* x;
+    Rows<T> y;
 };
 template <class T>
-const char* join_rows(const JoinRows<T>& call, void* stream);
+const char* add_rows(const AddRows<T>& call, void* stream);
 
 /// variant.cu: one step of a layer with options behind its products; python/cellstep/formula.py has the formula.
 template <class T>
