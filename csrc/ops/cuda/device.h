@@ -114,6 +114,14 @@ __device__ inline T from_float(double x) {
     return static_cast<T>(x);
 }
 
+/// Bytes of shared memory that a block may have on the current device.
+inline std::size_t shared_limit() {
+    int device = 0, bytes = 48 * 1024;
+    if (cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return static_cast<std::size_t>(bytes);
+}
+
 /// Starts a kernel of one argument; `shared` bytes of dynamic shared memory, more than 48 KB too. Returns null, or what
 /// the driver says.
 template <class Argument>
