@@ -15,4 +15,10 @@ bool here(cellstep::cuda::Tensor) { return true; }
 
 }  // namespace
 
-CELLSTEP_OPERATORS(library) { library.impl("has_kernels", TORCH_BOX(&here)); }
+CELLSTEP_OPERATORS(library) {
+    library.impl("has_kernels", TORCH_BOX(&here));
+    library.impl("lstm_variant", TORCH_BOX(&cellstep::cuda::lstm_variant));
+    library.impl("dense", TORCH_BOX(&cellstep::cuda::dense));
+    library.impl("activate", TORCH_BOX(&cellstep::cuda::activate));
+    library.impl("run_records", TORCH_BOX(&cellstep::cuda::run_records));
+}

@@ -70,10 +70,11 @@ void run_variant(const char* op, VariantRun<T> run, void* stream) {
     const std::int64_t columns = run.weight_hh.size(0);
     const Tensor hidden_sums = empty(run.h_in, {step.batch, columns});
     const Tensor turned_hh = turned(run.weight_hh);
-    const Maybe turned_hr = run.weight_hr ? Maybe(turned(*run.weight_hr)) : std::nullopt;
-    const Maybe projected = turned_hr ? Maybe(empty(run.h_in, {step.batch, step.recurrent_size})) : std::nullopt;
+    const bool projects = run.weight_hr.has_value();
+    const Tensor turned_hr = projects ? turned(*run.weight_hr) : run.m;
+    const Tensor projected = projects ? empty(run.h_in, {step.batch, step.recurrent_size}) : run.m;
     step.hidden_sums = data<T>(hidden_sums);
-    step.projected = values<T>(projected);
+    step.projected = data<T>(projected);
     step.h_in = mutable_data<T>(run.h_in);
     step.m = mutable_data<T>(run.m);
     const VariantStep<T> first = step;
@@ -98,9 +99,9 @@ void run_variant(const char* op, VariantRun<T> run, void* stream) {
         step.y.data = first.y.data + at * step.y.step;
         if (first.cells.data) step.cells.data = first.cells.data + at * step.cells.step;
         multiply(run.h_in, turned_hh, hidden_sums);
-        check_launch(op, variant_step<T>(step, turned_hr.has_value(), stream));
-        if (!turned_hr) continue;
-        multiply(run.m, *turned_hr, *projected);
+        check_launch(op, variant_step<T>(step, projects, stream));
+        if (!projects) continue;
+        multiply(run.m, turned_hr, projected);
         check_launch(op, variant_project<T>(step, stream));
     }
 }
@@ -133,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_variant(
     for (const std::int64_t code : {gate_activation, activation, output_activation})
         if (code < 0 || code >= static_cast<std::int64_t>(Activation::softmax))
             fail(op, ": expected activations below ", static_cast<int>(Activation::softmax), ", got ", code);
-    if (reset) check_mask(op, "reset", *reset, x, {steps, batch});
+    if (reset) check_mask(op, "reset", *reset, {steps, batch});
     if (norm_ih.has_value() != norm_hh.has_value() || norm_ih.has_value() != norm_c.has_value() ||
         norm_ih.has_value() != norm_c_bias.has_value())
         fail(op, ": expected norm_ih, norm_hh, norm_c and norm_c_bias together, or none of them");

@@ -73,13 +73,8 @@ struct Unpack {
     T* weight_ih;         ///< (G H, I), G = 4, or 3 if coupled
     T* weight_hh;         ///< (G H, R)
     T* bias;              ///< (G H)
-    T* zeros;             ///< null, or (G H) zeros
     const T* projection;  ///< null, or (H, R)
     T* weight_hr;         ///< (R, H)
-    const T* initial_h;   ///< null: zeros
-    const T* initial_c;
-    T* initial_h_copy;  ///< null, or (R)
-    T* initial_c_copy;  ///< null, or (H)
 };
 
 constexpr int unpacks_at_once = 16;
@@ -142,7 +137,7 @@ struct VariantStep {
     T zoneout_c;
     const T* input_sums;   ///< (N, G H): W_ih x
     const T* hidden_sums;  ///< (N, G H): W_hh h_in
-    const T* projected;    ///< null, or (N, R): W_hr m
+    const T* projected;    ///< (N, R): W_hr m, of a projection
     const T* bias_ih;      ///< (G H), or null like the next seven
     const T* bias_hh;
     const T* peephole;  ///< gates i, (f,) o

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "core/image.h"
+#include "layers.h"
 #include "operators.h"
 #include "variant.h"
 
@@ -33,7 +34,7 @@ struct Direction {
     const unsigned char* norm_c_bias = nullptr;
     const unsigned char* initial_h = nullptr;
     const unsigned char* initial_c = nullptr;
-    Maybe weight_ih, weight_hh, bias, zeros, weight_hr;
+    Maybe weight_ih, weight_hh, bias, weight_hr;
     std::int64_t state = 0;  // its number among all
     std::int64_t h_at = 0;   // values of h and c of those before it
     std::int64_t c_at = 0;
@@ -88,11 +89,9 @@ double number(std::int64_t word) {
 }
 
 template <class T>
-std::vector<Direction> directions_of(const core::Image& image, const ImageRecord& record, const unsigned char* bytes,
-                                     Direction* next) {
+std::vector<Direction> directions_of(const ImageRecord& record, const unsigned char* bytes, Direction* next) {
     const std::int64_t units = record.sizes[1], recurrent = core::recurrent_size(record);
     const std::uint32_t flags = core::layer_flags(record);
-    static_cast<void>(image);
     const unsigned char* at = bytes + record.offset;
     const auto take = [&at](bool there, std::uint64_t count) -> const unsigned char* {
         const unsigned char* begin = at;
@@ -167,8 +166,8 @@ Model read_model(const char* op, const std::vector<std::int64_t>& words, const T
                     false,
                     {}};
         constant += constants;
-        layer.directions = is_float(x) ? directions_of<float>(model.records, record, bytes, &next)
-                                       : directions_of<double>(model.records, record, bytes, &next);
+        layer.directions =
+            is_float(x) ? directions_of<float>(record, bytes, &next) : directions_of<double>(record, bytes, &next);
         constexpr std::uint32_t options = core::LayerFlags::peephole | core::LayerFlags::layer_norm |
                                           core::LayerFlags::coupled | core::LayerFlags::cells;
         layer.plain = !layer.has(options) && layer.recurrent_size == layer.hidden_size &&
@@ -212,9 +211,10 @@ struct Run {
     Tensor c;
     Tensor h_n;
     Tensor c_n;
-    void* stream;
-    CopyStates<T> results{};   // states that are still to be copied to h_n and c_n
-    std::vector<Tensor> kept;  // memory that the launches to come read
+    const Device& device;
+    void* stream = device.stream();
+    CopyStates<T> results{batch, 0, {}};  // states that are still to be copied to h_n and c_n
+    std::vector<Tensor> kept{};           // memory that the launches to come read
 
     void check(const char* error) const { check_launch(op, error); }
 
@@ -234,7 +234,6 @@ struct Run {
     }
 
     void add(CopyStates<T>& copies, const StateRows<T>& state) {
-        copies.batch = batch;
         copies.states[copies.count++] = state;
         if (copies.count == states_at_once) flush(copies);
     }
@@ -254,7 +253,7 @@ struct Run {
 template <class T>
 void Run<T>::begin_state(bool given) {
     if (given) return;
-    CopyStates<T> copies{};
+    CopyStates<T> copies{batch, 0, {}};
     for (const Layer& layer : model.layers) {
         for (const Direction& d : layer.directions) {
             const Rows<T> to_h = h_rows(h, d), to_c = c_rows(c, d);
@@ -341,7 +340,6 @@ Tensor Run<T>::prepare_all() {
             d.weight_ih = matrix_of(rows, layer.input_size);
             d.weight_hh = matrix_of(rows, layer.recurrent_size);
             d.bias = vector_of(rows);
-            if (layer.plain) d.zeros = vector_of(rows);
             if (d.projection) d.weight_hr = matrix_of(layer.recurrent_size, layer.hidden_size);
             Unpack<T>& unpack = call.unpack[call.unpacks++];
             unpack = {};
@@ -354,7 +352,6 @@ Tensor Run<T>::prepare_all() {
             unpack.weight_ih = mutable_data<T>(*d.weight_ih);
             unpack.weight_hh = mutable_data<T>(*d.weight_hh);
             unpack.bias = mutable_data<T>(*d.bias);
-            unpack.zeros = d.zeros ? mutable_data<T>(*d.zeros) : nullptr;
             unpack.projection = values<T>(d.projection);
             unpack.weight_hr = d.weight_hr ? mutable_data<T>(*d.weight_hr) : nullptr;
             if (call.unpacks == unpacks_at_once) start();
@@ -379,16 +376,16 @@ Tensor Run<T>::run_group(const Group& group, const Tensor& seen, Maybe& last_h) 
     const std::int64_t begin = first.directions[0].state;
     const bool uniform = model.header().state_layers > 1 || model.header().h_size == units;
     const bool whole = uniform && count == static_cast<std::int64_t>(model.header().state_layers);
-    std::vector<Tensor> weights;
+    std::vector<Weights> weights;
     bool initial = false;
     for (std::size_t at = group.begin; at < group.end; ++at) {
         initial = initial || model.layers[at].has(core::LayerFlags::initial);
         for (const Direction& d : model.layers[at].directions)
-            weights.insert(weights.end(), {*d.weight_ih, *d.weight_hh, *d.bias, *d.zeros});
+            weights.push_back({*d.weight_ih, *d.weight_hh, d.bias, std::nullopt});
     }
     Tensor h_0 = h, c_0 = c;
     Maybe initial_h, initial_c;
-    CopyStates<T> copies{};
+    CopyStates<T> copies{batch, 0, {}};
     const auto each = [&](const auto& visit) {
         std::int64_t stage = 0;
         for (std::size_t at = group.begin; at < group.end; ++at)
@@ -411,18 +408,26 @@ Tensor Run<T>::run_group(const Group& group, const Tensor& seen, Maybe& last_h) 
     if (reset && initial) {
         initial_h = empty(x, {count, units});
         initial_c = empty(x, {count, units});
-        CopyStates<T> rows{};
+        CopyStates<T> rows{1, 0, {}};  // one row, whatever the batch
         each([&](const Direction& d, std::int64_t stage) {
             add(rows, {values<T>(d.initial_h), 0, mutable_data<T>(*initial_h) + stage * units, 0, units});
             add(rows, {values<T>(d.initial_c), 0, mutable_data<T>(*initial_c) + stage * units, 0, units});
         });
-        // One row each, whatever the batch.
-        rows.batch = 1;
         flush(rows);
     }
     const Maybe flags = reset ? Maybe(torch::stable::transpose(*reset, 0, 1)) : std::nullopt;
-    auto [y, h_end, c_end, outputs, gates, cells] = lstm_layers(seen, std::nullopt, lengths, flags, h_0, c_0, initial_h,
-                                                                initial_c, weights, true, directions == 2, false);
+    const Stack stack{padded(op, device, steps, batch, lengths, flags),
+                      static_cast<int>(group.end - group.begin),
+                      static_cast<int>(directions),
+                      false,
+                      std::move(weights),
+                      std::nullopt,
+                      as_rows(seen),
+                      h_0,
+                      c_0,
+                      initial_h,
+                      initial_c};
+    const auto [y, h_end, c_end, outputs, gates, cells] = forward(op, device, stack, false, false);
     kept.insert(kept.end(), {y, h_end, c_end});
     if (whole) {
         h_n = h_end;
@@ -454,7 +459,7 @@ Tensor Run<T>::run_options(const Layer& layer, const Tensor& seen, bool last, Ma
     const Tensor source = as_contiguous(seen);
     kept.insert(kept.end(), {y, source});
     const Tensor inputs = ops::view_of(source, {steps * batch, layer.input_size}, {layer.input_size, 1});
-    CopyStates<T> copies{};
+    CopyStates<T> copies{batch, 0, {}};
     std::vector<Tensor> h_now, c_now;
     for (const Direction& d : layer.directions) {
         const Rows<T> from_h = h_rows(h, d), from_c = c_rows(c, d);
@@ -559,7 +564,7 @@ void Run<T>::answer(const Tensor& seen, const Maybe& last_h, core::Answers answe
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> run(const char* op, const Model& model, const Tensor& x, const Maybe& h,
                                        const Maybe& c, core::Answers answers, const Maybe& lengths, const Maybe& reset,
-                                       void* stream) {
+                                       const Device& device) {
     const core::ImageHeader& header = model.header();
     const std::int64_t batch = x.size(0), steps = x.size(1), states = header.state_layers;
     const auto state = [&](std::int64_t size) { return empty(x, {states, batch, size}); };
@@ -576,7 +581,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const char* op, const Model& model, const
                c ? as_contiguous(*c) : state(header.c_size),
                state(header.h_size),
                state(header.c_size),
-               stream};
+               device};
     Tensor y = every ? empty(x, {batch, steps, outputs}) : empty(x, {batch, outputs});
     if (batch == 0) return {y, run.h_n, run.c_n};
     run.begin_state(h.has_value());
@@ -635,8 +640,7 @@ std::tuple<Tensor, Tensor, Tensor> run_records(std::vector<std::int64_t> records
     const Device device(x);
     const Tensor whole = single ? ops::view_of(x, {batch, 1, inputs}, {x.stride(0), x.stride(0), x.stride(1)}) : x;
     const auto kernel = is_float(x) ? run<float> : run<double>;
-    auto [y, h_n, c_n] =
-        kernel(op, model, whole, h, c, static_cast<core::Answers>(answers), lengths, reset, device.stream());
+    auto [y, h_n, c_n] = kernel(op, model, whole, h, c, static_cast<core::Answers>(answers), lengths, reset, device);
     if (single) y = ops::view_of(y, {batch, output_size}, {output_size, 1});
     return {y, h_n, c_n};
 }

@@ -190,29 +190,21 @@ __device__ void unpack_values(const Unpack<T>& u, std::int64_t first, std::int64
     const std::int64_t depth = 1 + u.input_size + u.recurrent_size;
     const std::int64_t weights = (u.coupled ? 3 : 4) * u.hidden_size * depth;
     const std::int64_t projection = u.projection ? u.hidden_size * u.recurrent_size : 0;
-    const std::int64_t h = u.initial_h_copy ? u.recurrent_size : 0;
-    const std::int64_t c = u.initial_c_copy ? u.hidden_size : 0;
-    for (std::int64_t at = first; at < weights + projection + h + c; at += step) {
-        std::int64_t rest = at - weights;
+    for (std::int64_t at = first; at < weights + projection; at += step) {
+        const std::int64_t rest = at - weights;
         if (rest < 0) {
             const std::int64_t row = at / depth, k = at % depth - 1;
             const int place = static_cast<int>(row / u.hidden_size);
             const T value = packed_value(u, u.coupled && place > 0 ? place + 1 : place, row % u.hidden_size, k);
             if (k < 0) {
                 u.bias[row] = value;
-                if (u.zeros) u.zeros[row] = T(0);
             } else if (k < u.input_size) {
                 u.weight_ih[row * u.input_size + k] = value;
             } else {
                 u.weight_hh[row * u.recurrent_size + k - u.input_size] = value;
             }
-        } else if (rest < projection) {
-            u.weight_hr[rest] = u.projection[rest % u.hidden_size * u.recurrent_size + rest / u.hidden_size];
-        } else if ((rest -= projection) < h) {
-            u.initial_h_copy[rest] = u.initial_h ? u.initial_h[rest] : T(0);
         } else {
-            rest -= h;
-            u.initial_c_copy[rest] = u.initial_c ? u.initial_c[rest] : T(0);
+            u.weight_hr[rest] = u.projection[rest % u.hidden_size * u.recurrent_size + rest / u.hidden_size];
         }
     }
 }
