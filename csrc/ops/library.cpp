@@ -1,6 +1,13 @@
 #include "cellstep/ops.h"
 #include "ops/operators.h"
 
+namespace {
+
+bool here(cellstep::ops::Tensor) { return true; }
+bool elsewhere(cellstep::ops::Tensor) { return false; }
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(cellstep, library) {
     library.def(
         "lstm_cell(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
@@ -31,6 +38,16 @@ STABLE_TORCH_LIBRARY(cellstep, library) {
         "Tensor? mask_g, Tensor? keep_h, Tensor? keep_c, bool coupled, float cell_clip, float zoneout_h, "
         "float zoneout_c, int gate_activation, int activation, int output_activation, bool save_cells) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
+    library.def(
+        "lstm_layers(Tensor x, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor h, Tensor c, "
+        "Tensor? initial_h, Tensor? initial_c, Tensor[] weights, bool biased, bool bidirectional, bool save) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    library.def(
+        "lstm_layers_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor? grad_cells, Tensor x, "
+        "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor h, Tensor c, Tensor[] weights, bool biased, "
+        "bool bidirectional, Tensor y, Tensor outputs, Tensor gates, Tensor cells, bool to_x) "
+        "-> (Tensor, Tensor, Tensor, Tensor[])");
+    library.def("has_kernels(Tensor x) -> bool");
     library.def("dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
     library.def("activate(Tensor x, int activation) -> Tensor");
     library.def(
@@ -38,6 +55,9 @@ STABLE_TORCH_LIBRARY(cellstep, library) {
     library.def(
         "run_model(Tensor image, Tensor x, Tensor? h, Tensor? c, int output_size, int answers, Tensor? lengths, "
         "Tensor? reset) -> (Tensor, Tensor, Tensor)");
+    library.def(
+        "run_records(int[] records, Tensor image, Tensor x, Tensor? h, Tensor? c, int output_size, int answers, "
+        "Tensor? lengths, Tensor? reset) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cellstep, CPU, library) {
@@ -52,6 +72,11 @@ STABLE_TORCH_LIBRARY_IMPL(cellstep, CPU, library) {
     library.impl("dense", TORCH_BOX(&cellstep::ops::dense));
     library.impl("lstm_stack", TORCH_BOX(&cellstep::ops::lstm_stack));
     library.impl("run_model", TORCH_BOX(&cellstep::ops::run_model));
+    library.impl("has_kernels", TORCH_BOX(&here));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cellstep, CompositeExplicitAutograd, library) {
+    library.impl("has_kernels", TORCH_BOX(&elsewhere));
 }
 
 int cellstep_register_ops(void) { return 1; }
