@@ -408,7 +408,7 @@ def load(path: str | os.PathLike[str], device: Any = None) -> Artifact:
                 f"expected a .pt, .pt2 or .safetensors file for device={str(device)!r}; got '{name}', which runs on "
                 "the CPU; export it as one of those"
             )
-    elif device is not None and suffix in (".pt", ".safetensors"):
+    elif device is not None and suffix in (".pt", ".pt2", ".safetensors"):
         device = _torch_device(device)
     if suffix == ".cellstep":
         return DeployArtifact(name)

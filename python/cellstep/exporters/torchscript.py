@@ -28,6 +28,8 @@ _METHODS = ["answer", "initial_state", "reset", "run", "step"]
 _PACKED = ["weights"]
 #: Kept as tensors of the module where freezing would make constants of them, which do not move between devices.
 _TENSORS = ["image", "initial_h", "initial_c"]
+#: Kept as an attribute, as freezing would put it together anew from its numbers in every call.
+_RECORDS = ["records"]
 
 
 class PackedChain(nn.Module):
@@ -134,15 +136,21 @@ class PackedChain(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("expected an input without gradient; packed weights have none; train the float model")
         if lengths is not None:
-            lengths = lengths.to(x.device, torch.int64)
-        if reset is not None:
-            reset = reset.to(x.device)
+            lengths = lengths.to(torch.int64)
         if x.is_cpu:
             y, h, c = torch.ops.cellstep.run_model(self.image, x, h, c, self.output_size, answers, lengths, reset)
             return y, (h, c)
         if self.image.device == x.device and torch.ops.cellstep.has_kernels(x):
             y, h, c = torch.ops.cellstep.run_records(
-                self.records, self.image, x, h, c, self.output_size, answers, lengths, reset
+                self.records,
+                self.image,
+                x,
+                h,
+                c,
+                self.output_size,
+                answers,
+                lengths.to(x.device) if lengths is not None else None,
+                reset.to(x.device) if reset is not None else None,
             )
             return y, (h, c)
         y, h_n, c_n = torch.ops.cellstep.run_model(
@@ -207,7 +215,7 @@ def export_torchscript(
             program = copy.deepcopy(program).cpu()
         scripted = torch.jit.freeze(
             torch.jit.script(program),
-            preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _PACKED + _TENSORS,
+            preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _PACKED + _TENSORS + _RECORDS,
         )
     with replacing(path) as temporary:
         # The version that wrote the file tells whoever lacks an operator what to install.
