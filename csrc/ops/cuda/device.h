@@ -114,11 +114,11 @@ __device__ inline T from_float(double x) {
     return static_cast<T>(x);
 }
 
-/// Bytes of shared memory that a block may have on the current device.
+/// Bytes of shared memory a block can have on the current device.
 inline std::size_t shared_limit() {
-    int device = 0, bytes = 48 * 1024;
-    if (cudaGetDevice(&device) == cudaSuccess)
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
     return static_cast<std::size_t>(bytes);
 }
 
