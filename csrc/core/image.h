@@ -208,6 +208,9 @@ private:
 /// Errors: argument, alignment (8 bytes), magic, version, newer, length, format, dtype, unsupported.
 ImageStatus open_image(const void* data, std::size_t size, Image* image);
 
+/// Whether a layer runs backwards in time as well, so that a sequence cannot be cut into calls.
+bool is_bidirectional(const Image& image) CELLSTEP_NONBLOCKING;
+
 /// Values that a caller takes.
 enum class Values { finite, any };
 
