@@ -108,6 +108,9 @@ inline void store_release(int* word, int value) { __atomic_store_n(word, value, 
 inline int fetch_add(int* word, int value) { return __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
 inline void pause() { simt::pause(); }
 
+/// Bytes of shared memory that a block may have: that of an H100.
+inline std::size_t shared_limit() { return 227 * 1024; }
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
 inline float tanh_approx(float x) { return std::tanh(x); }
@@ -171,8 +174,6 @@ void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_
         d[place] = sum;
     }
 }
-
-inline std::size_t shared_limit() { return 227 * 1024; }
 
 template <class Argument>
 const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t shared, void*,
