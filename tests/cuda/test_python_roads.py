@@ -3,7 +3,6 @@ stand for CUDA's. Dispatch, autograd, its second derivative, torch.compile and t
 """
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from cellstep.formula import lstm_layers_steps
 from cellstep.nn import LSTM, Chain, Dense
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_EMULATED = sorted(Path(__file__).parents[2].glob("build/*/tests/cuda/libcellstep_ops_emulated.so"))
 
 
 def _by_formula(x, batch_sizes, lengths, reset, h, c, initial_h, initial_c, weights, biased, bidirectional, save):
@@ -48,23 +46,13 @@ def _backward_by_formula(grad_y, grad_h, grad_c, grad_cells, x, sizes, lengths, 
     return to_input if to_x else x.new_empty(0), to_h, to_c, to_weights
 
 
-def _kernels(kind):
-    """Forward and backward."""
-    if kind == "formula":
-        return _by_formula, _backward_by_formula
-    if not _EMULATED:
-        pytest.skip("the emulated CUDA library is not built: configure with -DCELLSTEP_BUILD_CUDA_EMULATED=ON")
-    if not torch._C._dispatch_has_kernel("cellstep_emulated::lstm_layers"):
-        torch.ops.load_library(str(_EMULATED[0]))
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("cellstep_emulated::lstm_layers", "CPU"):
-        pytest.skip("the emulated CUDA library has no lstm_layers")
-    return torch.ops.cellstep_emulated.lstm_layers, torch.ops.cellstep_emulated.lstm_layers_backward
-
-
 @pytest.fixture(params=["formula", "emulated"], autouse=True)
 def on_cuda(request, monkeypatch):
     """CPU tensors take CUDA's roads, on kernels from the formula or on CUDA's own, emulated."""
-    forward, backward = _kernels(request.param)
+    forward, backward = _by_formula, _backward_by_formula
+    if request.param == "emulated":
+        operators = request.getfixturevalue("emulated")
+        forward, backward = operators.lstm_layers, operators.lstm_layers_backward
     library = torch.library.Library("cellstep", "IMPL")
     library.impl("lstm_layers", forward, "CPU")
     library.impl("lstm_layers_backward", backward, "CPU")
