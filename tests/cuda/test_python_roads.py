@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cellstep.ops
+from cellstep.exporters.torchscript import PackedChain
 from cellstep.formula import lstm_layers_steps
 from cellstep.nn import LSTM, Chain, Dense
 
@@ -421,3 +422,20 @@ def test_a_scripted_stack_has_both_roads(monkeypatch):
     monkeypatch.undo()
     graph = str(torch.jit.script(LSTM(3, 5, 2)).inlined_graph)
     assert all(name in graph for name in ("cellstep::has_kernels", "cellstep::lstm_layers", "cellstep::lstm_layer("))
+
+
+def test_a_packed_chain_tells_its_records(on_cuda, request):
+    """The words beside the image are those that run_records wants: of options, too, whose numbers lie in the data."""
+    if on_cuda != "emulated":
+        pytest.skip("run_records has kernels alone")
+    for dtype in (torch.float32, torch.float64):
+        options = {"cell_clip": 0.2, "zoneout": 0.1, "peephole": True}
+        chain = Chain(LSTM(3, 6, 2, **options), LSTM(6, 5, bidirectional=True), Dense(10, 2), answers="every")
+        packed = PackedChain(chain.to(dtype).eval())
+        x, (h, c) = torch.randn(4, 7, 3, dtype=dtype), packed.initial_state(4)
+        arguments = (packed.image, x, h, c, packed.output_size, 0, torch.tensor([7, 0, 3, 5]), None)
+        found = request.getfixturevalue("emulated").run_records(packed.records, *arguments)
+        expected = torch.ops.cellstep.run_model(*arguments)
+        bound = 2e-6 if dtype == torch.float32 else 1e-14  # sums in another order
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=bound)
