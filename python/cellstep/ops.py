@@ -512,8 +512,8 @@ def _gradients_of_layers(
     (y, outputs, gates, cells), weights = rest[:4], rest[4:]
     grads = grad_y, grad_h, grad_c, grad_cells if ctx.gives_cells else None
     kind = ctx.biased, ctx.bidirectional
-    # The kernels' sweep back knows resets to zero alone; and the older vmap of torch, that of is_grads_batched, takes no
-    # operator that answers a list.
+    # The kernels' sweep back knows resets to zero alone; and the vmap of is_grads_batched, the older one of torch,
+    # takes no operator that answers a list.
     by_formula = torch.is_grad_enabled() or (reset is not None and initial_h is not None)
     if by_formula or any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
 
