@@ -29,6 +29,7 @@ would leave gradients ``None``. The gradient of each operator is an operator too
 (``create_graph=True``) runs on torch's own operators.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,7 +267,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     layers, directions = _stack_shape(weights, biased, bidirectional)
     tokens, units = x.shape[:-1], h.shape[2]
-    count = tokens.numel()
+    count = math.prod(tokens)
     return (
         x.new_empty(*tokens, directions * units),
         x.new_empty(h.shape),
@@ -511,8 +512,10 @@ def _gradients_of_layers(
     (y, outputs, gates, cells), weights = rest[:4], rest[4:]
     grads = grad_y, grad_h, grad_c, grad_cells if ctx.gives_cells else None
     kind = ctx.biased, ctx.bidirectional
-    # The kernels' sweep back knows resets to zero alone.
-    if torch.is_grad_enabled() or (reset is not None and initial_h is not None):
+    # The kernels' sweep back knows resets to zero alone; and the vmap of is_grads_batched, the older one of torch,
+    # takes no operator that answers a list.
+    by_formula = torch.is_grad_enabled() or (reset is not None and initial_h is not None)
+    if by_formula or any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
 
         def steps(x: Tensor, h: Tensor, c: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             first, second, *weights = others
