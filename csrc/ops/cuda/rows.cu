@@ -18,8 +18,9 @@ constexpr int units = 4;
 constexpr int gates = 4;
 constexpr int max_hidden = 64;
 constexpr int max_threads = 512;
-constexpr int states_ahead = 4;  ///< vectors of h and c that a thread has under way at once
-constexpr int inputs_ahead = 1;  ///< and of the next step's x
+constexpr int states_ahead = 4;   ///< vectors of h and c that a thread has under way at once
+constexpr int weights_ahead = 3;  ///< of weights
+constexpr int inputs_ahead = 1;   ///< and of the next step's x
 
 struct Tiles {
     int groups;  ///< of units, of a warp each
@@ -173,22 +174,32 @@ template <class T, class W>
 __device__ inline void load_weights(W* to, const Forward& call, int groups) {
     const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
     const int gate = static_cast<int>(threadIdx.x) % 32 / 8, lane_column = static_cast<int>(threadIdx.x) % 8;
+#pragma unroll 1
     for (int layer = 0; layer < call.layers; ++layer) {
         const StageWeights& stage = call.stages[layer];
         const int inputs = input_columns(call, layer), columns = layer_columns(call, layer);
         const int eights = (columns + 7) / 8;
-#pragma unroll 4
-        for (int at = warp; at < call.hidden_size * eights; at += warps) {
-            const int unit = at / eights, column = (at - unit * eights) * 8 + lane_column;
-            if (column >= columns) continue;
-            W value;
-            if (column < inputs)
-                value = weight<T>(stage.weight_ih, gate, unit, column);
-            else if (column + 1 < columns)
-                value = weight<T>(stage.weight_hh, gate, unit, column - inputs);
-            else
-                value = weight<T>(stage.bias_ih, gate, unit, 0) + weight<T>(stage.bias_hh, gate, unit, 0);
-            to[((unit / units * columns + column) * units + unit % units) * gates + gate] = value;
+#pragma unroll 1
+        for (int from = warp; from < call.hidden_size * eights; from += weights_ahead * warps) {
+            W values[weights_ahead];
+            int places[weights_ahead];
+#pragma unroll
+            for (int i = 0; i < weights_ahead; ++i) {
+                const int at = from + i * warps, unit = at / eights;
+                const int column = (at - unit * eights) * 8 + lane_column;
+                places[i] = -1;
+                if (unit >= call.hidden_size || column >= columns) continue;
+                places[i] = ((unit / units * columns + column) * units + unit % units) * gates + gate;
+                if (column < inputs)
+                    values[i] = weight<T>(stage.weight_ih, gate, unit, column);
+                else if (column + 1 < columns)
+                    values[i] = weight<T>(stage.weight_hh, gate, unit, column - inputs);
+                else
+                    values[i] = weight<T>(stage.bias_ih, gate, unit, 0) + weight<T>(stage.bias_hh, gate, unit, 0);
+            }
+#pragma unroll
+            for (int i = 0; i < weights_ahead; ++i)
+                if (places[i] >= 0) to[places[i]] = values[i];
         }
         to += groups * columns * units * gates;
     }
@@ -252,6 +263,7 @@ __device__ inline void clear(T* to, int count) {
 #pragma unroll
     for (int i = 0; i < vector_size<T>; ++i) zeros[i] = from_float<T>(typename Wide<T>::type(0));
     const int threads = static_cast<int>(blockDim.x);
+#pragma unroll 1
     for (int at = static_cast<int>(threadIdx.x) * vector_size<T>; at < count; at += threads * vector_size<T>)
         store_vector(to + at, zeros, count - at);
 }
@@ -294,11 +306,14 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
 
         int bound = packed ? steps_of(steps, first) : steps.steps;
         if (steps.lengths) {
+#pragma unroll 1
             for (int row = thread; row < tiles.rows; row += threads)
                 lengths[row] = row < count ? steps.lengths[first + row] : 0;
             block_sync();
             bound = 0;
+#pragma unroll 1
             for (int row = lane; row < tiles.rows; row += 32) bound = max(bound, lengths[row]);
+#pragma unroll 1
             for (int mask = 16; mask > 0; mask /= 2) bound = max(bound, shuffle_xor(bound, mask));
         }
         int length[Rows];
@@ -324,7 +339,7 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
         const auto input_of = [&](const Span& span, int vector) {
             return static_cast<const T*>(call.x) + static_cast<std::int64_t>(span.token) * inputs + vector * size;
         };
-        uint4 input_ahead[inputs_ahead];
+        uint4 input_ahead[inputs_ahead] = {};
         const auto start_input = [&](const Span& span) {
 #pragma unroll
             for (int i = 0; i < inputs_ahead; ++i) {
@@ -358,7 +373,7 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
         const auto state_of = [&](int array, int vector) {
             return static_cast<const T*>(array < layers ? call.h : call.c) + state_place(array) + vector * size;
         };
-        uint4 state_ahead[states_ahead];
+        uint4 state_ahead[states_ahead] = {};
         const auto start_state = [&](int vector, int array) {
             const int left = state_values - vector * size;
 #pragma unroll
@@ -394,6 +409,7 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
         int resets = steps.reset && bound > 0 ? resets_before(0) : 0;
         block_sync();
 
+#pragma unroll 1
         for (int step = 0; step < bound; ++step) {
             const int t = time(step);
             W* const before = hidden_at(step);
@@ -421,6 +437,7 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
             }
 
             const Gates<W>* layer_weights = reinterpret_cast<const Gates<W>*>(weights);
+#pragma unroll 1
             for (int layer = 0; layer < layers; ++layer) {
                 const int from_below = input_columns(call, layer), columns = from_below + hidden + 1;
                 const W* const below =
@@ -501,6 +518,7 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
                 if (layer + 1 < layers)
                     to = static_cast<T*>(call.outputs) + (layer * steps.tokens + span.token) * hidden;
                 if (layer + 1 == layers || call.outputs)
+#pragma unroll 1
                     for (int vector = thread; vector * size < span.rows * hidden; vector += threads)
                         gather(to, after + layer * layer_size, vector, span.rows * hidden, hidden, argument.by_hidden,
                                stride, steps.lengths ? lengths : nullptr, t);
@@ -515,12 +533,14 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
         for (int array = 0; array < 2 * layers; ++array) {
             const bool is_h = array < layers;
             const W* const from = is_h ? hidden_at(bound) + array * layer_size : cells + (array - layers) * layer_size;
+#pragma unroll 1
             for (int vector = thread; vector * size < state_values; vector += threads)
                 gather(static_cast<T*>(is_h ? call.h_n : call.c_n) + state_place(array), from, vector, state_values,
                        hidden, argument.by_hidden, stride, nullptr, 0);
         }
         if (packed) continue;
         for (int t = bound; t < steps.steps; ++t) {
+#pragma unroll 1
             for (int layer = 0; layer < layers; ++layer) {
                 const std::int64_t step_token = static_cast<std::int64_t>(t) * batch + first;
                 const std::int64_t token = layer * steps.tokens + step_token;
