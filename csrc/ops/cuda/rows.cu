@@ -164,8 +164,9 @@ __device__ inline void gather(T* to, const W* from, int vector, int count, int c
 template <class T>
 __device__ inline typename Wide<T>::type weight(const WeightView& view, int gate, int unit, int column) {
     if (!view.data) return 0;
-    return to_float(static_cast<const T*>(
-        view.data)[gate * view.gate + unit / 16 * view.panel + unit % 16 * view.unit + column * view.column]);
+    const int at = gate * static_cast<int>(view.gate) + unit / 16 * static_cast<int>(view.panel) +
+                   unit % 16 * static_cast<int>(view.unit) + column * static_cast<int>(view.column);
+    return to_float(static_cast<const T*>(view.data)[at]);
 }
 
 /// All layers' weights to [layer][group of units][column][unit][gate]. A warp takes eight columns of four gates: whole
@@ -214,7 +215,7 @@ struct alignas(16) Gates {
 template <int Rows, class W>
 __device__ inline void accumulate(W (&sums)[Rows][units][gates], const W* from, int stride, const Gates<W>* weights,
                                   int columns) {
-#pragma unroll 2
+#pragma unroll(sizeof(W) == 8 ? 1 : 2)
     for (int k = 0; k < columns; ++k) {
         W value[Rows];
 #pragma unroll
