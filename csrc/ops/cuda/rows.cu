@@ -215,7 +215,7 @@ struct alignas(16) Gates {
 template <int Rows, class W>
 __device__ inline void accumulate(W (&sums)[Rows][units][gates], const W* from, int stride, const Gates<W>* weights,
                                   int columns) {
-#pragma unroll(sizeof(W) == 8 ? 1 : 2)
+#pragma unroll(sizeof(W) == 8 || Rows == 1 ? 1 : 2)
     for (int k = 0; k < columns; ++k) {
         W value[Rows];
 #pragma unroll
