@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from test_simt import HERE, ROOT, build, run
 
 SOURCES = [ROOT / "csrc/ops/cuda/rows.cu", HERE / "rows_test.cpp"]
