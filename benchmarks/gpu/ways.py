@@ -239,6 +239,7 @@ def kernels(call: Call, device: torch.device) -> list[str]:
 def own(names: list[str]) -> str:
     """cellstep's kernels among them, each once and without namespaces and template arguments, and how many launches
     there are in all."""
-    short = [name.split("(")[0].split("<")[0].split("::")[-1].split()[-1] for name in names if "cellstep" in name]
+    ours = [name.replace("(anonymous namespace)::", "") for name in names if "cellstep" in name]
+    short = [name.split("(")[0].split("<")[0].split("::")[-1].split()[-1] for name in ours]
     said = "+".join(dict.fromkeys(short)) or ("torch's" if names else "")
     return f"{said} ({len(names)})" if names else said
