@@ -15,6 +15,4 @@ bool here(cellstep::cuda::Tensor) { return true; }
 
 }  // namespace
 
-CELLSTEP_OPERATORS(library) {
-    library.impl("has_kernels", TORCH_BOX(&here));
-}
+CELLSTEP_OPERATORS(library) { library.impl("has_kernels", TORCH_BOX(&here)); }

@@ -1,5 +1,5 @@
-/// What the operators of this directory need of torch beside csrc/ops/tensor.h: the device, its stream, and one line for
-/// what the driver says.
+/// What the operators of this directory need of torch beside csrc/ops/tensor.h: the device, its stream, and one line
+/// for what the driver says.
 #pragma once
 
 #include <optional>
@@ -19,7 +19,7 @@ using Maybe = std::optional<Tensor>;
 
 /// While it lives, the device of a tensor is the current one.
 class Device {
-   public:
+public:
 #if defined(CELLSTEP_CUDA)
     explicit Device(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
@@ -33,7 +33,7 @@ class Device {
     /// Counted once a device.
     int multiprocessors() const { return cuda::multiprocessors(index_); }
 
-   private:
+private:
     std::int32_t index_ = 0;
     void* stream_ = nullptr;
 #if defined(CELLSTEP_CUDA)
