@@ -7,8 +7,8 @@ is there. --wheels names a folder of wheels to take absent packages from (`pip d
 hypothesis`), --libraries one with libcellstep_ops.so and libcellstep_ops_cuda.so that were built elsewhere.
 
 Parts run one after another, each within its own time, and one that fails or runs out of time stops no other; the tables
-come last. OUT holds what each part said, benchmark.json, benchmark.md and check.json: device, driver, versions, date,
-results. Exit code 1: a part failed. 2: there is nothing to run on.
+come last. OUT holds what they said (check.log), the tables (check.txt, benchmark.*) and check.json: device, driver,
+versions, date, results. Exit code 1: a part failed. 2: there is nothing to run on.
 """
 
 import argparse
@@ -31,8 +31,11 @@ BUILD = ROOT / "build" / "cuda-check"
 #: All that is loaded: cellstep.nn and cellstep.ops need torch alone.
 PACKAGE = BUILD / "python"
 LIBRARIES = ("libcellstep_ops.so", "libcellstep_ops_cuda.so")
+EMULATION = "libcellstep_ops_emulated.so"
 #: Seconds of all parts together; the machine is lent for ten minutes.
 LIMIT = 570.0
+#: Of those, what is kept for the benchmark, and at most what it may take.
+BENCHMARK = (180.0, 240.0)
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -51,6 +54,7 @@ class Check:
     output: Path
     dry_run: bool
     limit: float
+    reserve: float = 0.0  #: seconds kept for what comes last
     begin: float = field(default_factory=time.monotonic)
     parts: list[Part] = field(default_factory=list)
 
@@ -58,17 +62,20 @@ class Check:
         return self.limit - (time.monotonic() - self.begin)
 
     def run(self, name: str, seconds: float, command: Sequence[Any], **environment: str) -> Part:
-        """A command as a part: it has ``seconds``, or what is left of all; what it says goes to a file."""
+        """A command as a part: it has ``seconds``, or what is left of all; what it says goes to check.log."""
         part = Part(name)
         self.parts.append(part)
-        allowed = min(seconds, self.left())
+        allowed = min(seconds, self.left() - self.reserve)
         if allowed < 1:
             part.said = "left out: the time was over"
             return part
         print(f"{name} ...", file=sys.stderr, flush=True)
         begin = time.monotonic()
-        log = self.output / f"{name.replace(' ', '-')}.log"
-        with log.open("w") as file:
+        log = self.output / "check.log"
+        with log.open("a") as file:
+            start = file.tell()
+            file.write(f"\n=== {name}: {' '.join(map(str, command))}\n")
+            file.flush()
             process = subprocess.Popen(
                 list(map(str, command)),
                 stdout=file,
@@ -87,7 +94,8 @@ class Check:
                 code, part.said = -1, f"ran out of its {allowed:.0f} s"
         part.seconds = round(time.monotonic() - begin, 1)
         part.passed = code == 0
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        said = log.read_bytes()[start:].decode(errors="replace")
+        lines = [line for line in said.splitlines() if line.strip()][1:]
         if lines:
             part.said += f": {lines[-1].strip()[:160]}"
         print(f"{name}: {part.said} ({part.seconds} s)", file=sys.stderr, flush=True)
@@ -100,7 +108,10 @@ class Check:
 
     def environment(self) -> dict[str, str]:
         path = [str(PACKAGE), str(BUILD / "packages"), os.environ.get("PYTHONPATH", "")]
-        return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONDONTWRITEBYTECODE": "1"}
+        found = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONDONTWRITEBYTECODE": "1"}
+        if self.dry_run:
+            found["CELLSTEP_EMULATED_LIBRARY"] = str(BUILD / "cmake" / "tests" / "cuda" / EMULATION)
+        return found
 
 
 def find(program: str) -> str | None:
@@ -163,15 +174,16 @@ def build(check: Check, libraries: Path | None) -> bool:
             return check.add("build", False, "expected cmake and nvcc; found one of them or none").passed
         generator = ["-G", "Ninja"] if find("ninja") else []
         configure = [cmake, "-S", ROOT, "-B", BUILD / "cmake", *generator, "-DCMAKE_BUILD_TYPE=Release"]
-        options = {"PYTHON": "OFF", "TOOLS": "OFF", "CUDA": "ON"}
+        options = {"PYTHON": "OFF", "TOOLS": "OFF", "CUDA": "ON", "CUDA_EMULATED": "ON" if check.dry_run else "OFF"}
         configure += [f"-DCELLSTEP_BUILD_{name}={value}" for name, value in options.items()]
         # Of the device that is here alone: seconds instead of minutes.
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CUDA_COMPILER={find('nvcc')}"]
         configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}"]
         if not check.run("configure", 60, configure).passed:
             return False
-        command = [cmake, "--build", BUILD / "cmake", "--parallel", os.cpu_count() or 1]
-        if not check.run("build", 240, [*command, "--target", "cellstep_ops", "cellstep_ops_cuda"]).passed:
+        targets = ["cellstep_ops", "cellstep_ops_cuda", *(["cellstep_ops_emulated"] if check.dry_run else [])]
+        command = [cmake, "--build", BUILD / "cmake", "--parallel", os.cpu_count() or 1, "--target", *targets]
+        if not check.run("build", 600 if check.dry_run else 240, command).passed:
             return False
         libraries = BUILD / "cmake"
     shutil.rmtree(PACKAGE, ignore_errors=True)
@@ -234,10 +246,16 @@ def sanitize(check: Check) -> None:
 
 def benchmark(check: Check, options: Sequence[str]) -> str:
     """The tables, as benchmarks/cuda.py prints them."""
-    seconds = max(30.0, min(170.0, check.left() - 60))
+    check.reserve = 0.0
+    allowed = min(BENCHMARK[1], check.left() - 5)
+    seconds = max(30.0, allowed - 60 - (40 if "--tune" in options else 0))
     command = [sys.executable, "benchmarks/cuda.py", "--output", check.output / "benchmark.json"]
-    command += ["--dry-run"] if check.dry_run else ["--seconds", f"{seconds:.0f}", "--compile-seconds", "40"]
-    check.run("benchmark", check.left() - 5, [*command, *options])
+    command += (
+        ["--dry-run"]
+        if check.dry_run
+        else ["--seconds", f"{seconds:.0f}", "--compile-seconds", "40", "--tune-seconds", "40"]
+    )
+    check.run("benchmark", allowed, [*command, *options])
     tables = check.output / "benchmark.md"
     return tables.read_text() if tables.exists() else ""
 
@@ -266,12 +284,14 @@ def main() -> int:
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     BUILD.mkdir(parents=True, exist_ok=True)
-    check = Check(arguments.output.resolve(), arguments.dry_run, arguments.limit)
+    only = arguments.only or ["tests", "sanitize", "benchmark"]
+    reserve = BENCHMARK[0] if "benchmark" in only else 0.0
+    check = Check(arguments.output.resolve(), arguments.dry_run, arguments.limit, reserve)
+    (check.output / "check.log").unlink(missing_ok=True)
     if arguments.wheels:
         install_wheels(check, arguments.wheels.resolve())
     tables = ""
     if build(check, arguments.libraries.resolve() if arguments.libraries else None):
-        only = arguments.only or ["tests", "sanitize", "benchmark"]
         more = [f"--{name}" for name in ("large", "tune") if getattr(arguments, name)]
         steps: dict[str, Callable[[], object]] = {
             "tests": lambda: run_tests(check),

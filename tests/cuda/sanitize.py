@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from problems import KERNELS, Problem, find_target, forced, takes, wrong
+from problems import KERNELS, Problem, find_target, forced, has, takes, wrong
 
 SIZES = ((3, 5, 3, 20, 2, 1), (4, 2, 2, 33, 1, 2), (2, 17, 4, 64, 2, 1), (2, 9, 3, 128, 1, 1))
 OPTIONS: tuple[dict[str, bool], ...] = ({}, {"lengths": True, "reset": True}, {"packed": True})
@@ -22,6 +22,9 @@ def main() -> int:
     target = find_target(name)
     if isinstance(target, str):
         print(f"error: expected the target {name!r} of cuda and emulated; {target}", file=sys.stderr)
+        return 2
+    if not has(target, "lstm_layers"):
+        print("error: expected a library with the operator lstm_layers; this one was built without it", file=sys.stderr)
         return 2
     failures, ran = 0, 0
     for kernel in KERNELS[1:]:
