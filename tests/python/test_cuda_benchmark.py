@@ -157,7 +157,7 @@ def test_readme_takes_the_tables_between_its_marks(tmp_path):
     readme.write_text("before\n<!-- table of CUDA speed -->\nstale\n<!-- end of CUDA speed -->\nafter\n")
     report.write_readme(found({"forward": 2.5}, {"eager": 3.0}), readme)
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and "| 3.00 |" in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and " 3.00 |" in text
     readme.write_text("nothing")
     with pytest.raises(ValueError, match="expected the lines <!-- table of CUDA speed -->"):
         read_marked(readme)
