@@ -1,6 +1,20 @@
 # The kernels, and the operators that call them: what the CUDA library and its emulation are built of.
-set(CELLSTEP_CUDA_KERNELS pointwise.cu)
-set(CELLSTEP_CUDA_OPERATORS library.cpp)
+set(CELLSTEP_CUDA_KERNELS activate.cu block.cu pointwise.cu unpack.cu variant.cu)
+set(CELLSTEP_CUDA_OPERATORS choose.cpp layers.cpp library.cpp lstm_cell.cpp lstm_layer.cpp lstm_layers.cpp
+                            lstm_packed.cpp plain.cpp)
 foreach(kind KERNELS OPERATORS)
   list(TRANSFORM CELLSTEP_CUDA_${kind} PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+endforeach()
+# Kernels that are still to come fit no call.
+foreach(name rows tensor)
+  if(NOT EXISTS ${CMAKE_CURRENT_LIST_DIR}/${name}.cu)
+    set(code "#include \"kernels.h\"\nnamespace cellstep::cuda {\nbool ${name}_fits(const Forward&) { return false; }\nconst char* ${name}_forward(const Forward&) { return nullptr; }\n")
+    if(name STREQUAL tensor)
+      string(APPEND code "std::size_t tensor_progress_words(const Forward&) { return 0; }\nbool tensor_fits(const Backward&) { return false; }\nconst char* tensor_backward(const Backward&) { return nullptr; }\n")
+    endif()
+    file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/no_${name}.cpp CONTENT "${code}}\n" @ONLY)
+    list(APPEND CELLSTEP_CUDA_OPERATORS ${CMAKE_CURRENT_BINARY_DIR}/no_${name}.cpp)
+  else()
+    list(APPEND CELLSTEP_CUDA_KERNELS ${CMAKE_CURRENT_LIST_DIR}/${name}.cu)
+  endif()
 endforeach()
