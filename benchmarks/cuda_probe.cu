@@ -164,6 +164,6 @@ int main() {
     }
     const int launches = 1000;
     std::printf(", \"launch_us\": %.5f}\n", median_us([&] {
-                    for (int i = 0; i < launches; ++i) empty<<<1, 32>>>();
-                }) / launches);
+                                                for (int i = 0; i < launches; ++i) empty<<<1, 32>>>();
+                                            }) / launches);
 }
