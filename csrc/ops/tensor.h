@@ -147,8 +147,8 @@ inline Tensor empty(const Tensor& x, std::size_t dims, const std::int64_t* sizes
     const std::int32_t device = aoti_torch_device_type_cpu(), index = 0;
 #endif
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(dims), sizes, strides, dtype,
-                                                           device, index, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(static_cast<std::int64_t>(dims), sizes, strides, dtype, device, index, &handle));
     return Tensor(handle);
 }
 
@@ -234,20 +234,25 @@ inline Tensor transposed(const Tensor& tensor) {
     return view_of(tensor, {tensor.size(1), tensor.size(0)}, {1, tensor.size(1)});
 }
 
-/// target = a b on torch's matrix product; target += a b if `add`.
+/// target = start + a b on torch's matrix product; start is as large as target, or a row that is added to each.
+inline void multiply_onto(const Tensor& start, const Tensor& a, const Tensor& b, const Tensor& target) {
+#if defined(CELLSTEP_CUDA)
+    constexpr auto sum = aoti_torch_cuda_addmm_out;
+#else
+    constexpr auto sum = aoti_torch_cpu_addmm_out;
+#endif
+    STABLE_TORCH_ERROR_CODE_CHECK(sum(target.get(), start.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+/// target = a b; target += a b if `add`.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& target, bool add = false) {
 #if defined(CELLSTEP_CUDA)
     constexpr auto product = aoti_torch_cuda_mm_out;
-    constexpr auto sum = aoti_torch_cuda_addmm_out;
 #else
     constexpr auto product = aoti_torch_cpu_mm_out;
-    constexpr auto sum = aoti_torch_cpu_addmm_out;
 #endif
-    if (add) {
-        STABLE_TORCH_ERROR_CODE_CHECK(sum(target.get(), target.get(), a.get(), b.get(), 1.0, 1.0));
-    } else {
-        STABLE_TORCH_ERROR_CODE_CHECK(product(target.get(), a.get(), b.get()));
-    }
+    if (add) return multiply_onto(target, a, b, target);
+    STABLE_TORCH_ERROR_CODE_CHECK(product(target.get(), a.get(), b.get()));
 }
 
 inline std::size_t size(const Tensor& tensor, std::int64_t dim) { return static_cast<std::size_t>(tensor.size(dim)); }

@@ -91,6 +91,14 @@ def assemble(model: "Chain | SimpleNamespace", records: list[Record]) -> bytes:
     return header(zlib.crc32(header(0) + body)) + body
 
 
+def words(data: bytes) -> list[int]:
+    """The header and the records of a file, without their data, as 64-bit words: what ``run_records`` wants to know of
+    a model whose data lie on a device."""
+    count = _HEADER.unpack_from(data)[4]
+    size = _HEADER.size + _RECORD.size * count
+    return list(struct.unpack_from(f"<{size // 8}q", data))
+
+
 def parse(data: bytes) -> tuple[SimpleNamespace, list[Record]]:
     """What :func:`assemble` made a file of, which is taken to be whole."""
     _, _, _, _, count, dtype, *rest, answers = _HEADER.unpack_from(data)
