@@ -211,7 +211,7 @@ def run_tests(check: Check) -> None:
     if absent("pytest"):
         check.add("tests", False, "pytest is not installed; --wheels takes it from a folder")
         return
-    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--maxfail=20", "-rs"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=20", "-rs"]
     only = ["-k", "emulated"] if check.dry_run else ["-k", "not emulated"]
     check.run("operators", 150, [*pytest, *only, "tests/cuda/test_kernels_gpu.py"])
     modules = ROOT / "tests" / "python" / "test_cuda.py"
