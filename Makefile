@@ -1,9 +1,10 @@
 # Two commands do everything on a machine with Python 3.10 or later and a C++ compiler:
 #   make demo   train on the sample series, export, run everywhere, agreement table, plot
 #   make test   all checks and tests
-# and three more:
+# and four more:
 #   make test-embedded  the torch-free runtime on every target that it names, emulated where it must be
 #   make bench          cellstep beside its peers on this machine's CPU; exit code 1 where a row falls short
+#   make cuda-check     on a machine with a GPU: builds, tests and times the CUDA kernels within ten minutes
 #   make fuzz           what breaks: FUZZ_SECONDS of each fuzzer, with clang's libFuzzer
 # PYTHON picks the interpreter. TORCH picks the torch to install: pip takes a CPU build of it where it can find one.
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
 CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo test test-embedded bench bench-runtime fuzz venv lint format clean
+.PHONY: demo test test-embedded bench bench-runtime cuda-check fuzz venv lint format clean
 
 venv: .venv/.installed
 
@@ -55,6 +56,10 @@ bench: .venv/.bench
 # The torch-free runtime alone, a step at a time.
 bench-runtime: .venv/.bench
 	@$(BIN)/python benchmarks/cpu.py --only runtime --output benchmarks/results/runtime.json
+
+# On a machine with a GPU, with the Python that has its torch; CUDA_CHECK takes options, such as --tune or --dry-run.
+cuda-check:
+	@$(PYTHON) scripts/cuda_check.py $(CUDA_CHECK)
 
 .venv/.bench: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[bench]"
