@@ -92,11 +92,15 @@ def assemble(model: "Chain | SimpleNamespace", records: list[Record]) -> bytes:
 
 
 def words(data: bytes) -> list[int]:
-    """The header and the records of a file, without their data, as 64-bit words: what ``run_records`` wants to know of
-    a model whose data lie on a device."""
-    count = _HEADER.unpack_from(data)[4]
-    size = _HEADER.size + _RECORD.size * count
-    return list(struct.unpack_from(f"<{size // 8}q", data))
+    """What ``run_records`` must know on the host of a file whose bytes lie on a device, as 64-bit words: the header and
+    the records, and of each LSTM record cell_clip, zoneout of h and zoneout of c, as float64."""
+    model, records = parse(data)
+    size = _HEADER.size + _RECORD.size * len(records)
+    real = "<3d" if model.dtype == torch.float64 else "<3f"
+    contents = [record.content for record in records if record.kind == Kind.LSTM]
+    ends = [struct.unpack_from(real, content, len(content) - struct.calcsize(real)) for content in contents]
+    constants = b"".join(struct.pack("<3d", *values) for values in ends)
+    return list(struct.unpack(f"<{(size + len(constants)) // 8}q", data[:size] + constants))
 
 
 def parse(data: bytes) -> tuple[SimpleNamespace, list[Record]]:
