@@ -295,11 +295,6 @@ void layer_step(const LstmLayer<T>& layer, const Direction<T>& direction, const 
     std::memcpy(h, y, bytes);
 }
 
-template <class T>
-void fill(const T* values, std::size_t count, T* target) {
-    for (std::size_t at = 0; at < count; ++at) target[at] = values ? values[at] : T(0);
-}
-
 /// Steps of one row on their way from record to record: they lie in `now`, `width` values each.
 template <class T>
 struct Rows {
@@ -474,12 +469,6 @@ void run_chunk(const RowRun<T>& of, std::size_t begin, std::size_t steps, T* buf
 
 }  // namespace
 
-bool is_bidirectional(const Image& image) {
-    for (const ImageRecord& record : image)
-        if (kind_of(record) == RecordKind::lstm && (record.flags & LayerFlags::bidirectional)) return true;
-    return false;
-}
-
 template <class T>
 std::size_t plan_bytes(const Image&) {
     return sizeof(Plan<T>);
@@ -533,24 +522,6 @@ void prepare_step(const Plan<T>& plan, const T* x, T* prepared, T* scratch) CELL
     for (const ImageRecord* record = plan.image.begin(); kind_of(*record) != RecordKind::lstm; ++record)
         run_record<T>(plan.image, *record, &rows);
     std::memcpy(prepared, rows.now, rows.width * sizeof(T));
-}
-
-template <class T>
-void initial_state(const Image& image, std::size_t batch, T* h, T* c) CELLSTEP_NONBLOCKING {
-    StatePlace place;
-    for (const ImageRecord& record : image) {
-        if (kind_of(record) != RecordKind::lstm) continue;
-        const LstmLayer<T> layer = lstm_layer<T>(image, record);
-        for (std::size_t at = 0; at < layer.direction_count; ++at) {
-            const StateRows<T> h_rows = place.h(image.header(), h, batch);
-            const StateRows<T> c_rows = place.c(image.header(), c, batch);
-            for (std::size_t row = 0; row < batch; ++row) {
-                fill<T>(layer.directions[at].initial_h, layer.recurrent_size, h_rows.data + row * h_rows.stride);
-                fill<T>(layer.directions[at].initial_c, layer.hidden_size, c_rows.data + row * c_rows.stride);
-            }
-            place.next(layer.recurrent_size, layer.hidden_size);
-        }
-    }
 }
 
 template <class T>

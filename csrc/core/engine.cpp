@@ -17,11 +17,6 @@ void copy_rows(std::size_t rows, std::size_t width, const T* from, std::size_t f
         std::memcpy(to + row * to_stride, from + row * from_stride, width * sizeof(T));
 }
 
-template <class T>
-void fill(const T* values, std::size_t count, T* target) {
-    for (std::size_t at = 0; at < count; ++at) target[at] = values ? values[at] : T(0);
-}
-
 /// Rows (steps times batch) of a chunk where the batch alone is too small for the matrix product.
 constexpr std::size_t chunk_rows = 64;
 /// Values that a layer may give in a chunk and still find in cache when the next one reads them.
@@ -544,12 +539,6 @@ std::size_t plan_values(std::size_t layers) {
 
 }  // namespace
 
-bool is_bidirectional(const Image& image) {
-    for (const ImageRecord& record : image)
-        if (kind_of(record) == RecordKind::lstm && (record.flags & LayerFlags::bidirectional)) return true;
-    return false;
-}
-
 template <class T>
 std::size_t plan_bytes(const Image& image) {
     std::size_t layers = 0;
@@ -670,24 +659,6 @@ std::size_t model_scratch(const Image& image, std::size_t steps, std::size_t bat
     if (steps == 0 || batch == 0) return 0;
     const Layout<T> layout(image, steps, batch, parallel);
     return plan_values<T>(layout.layers) + static_cast<std::size_t>(layout.scratch);
-}
-
-template <class T>
-void initial_state(const Image& image, std::size_t batch, T* h, T* c) CELLSTEP_NONBLOCKING {
-    StatePlace place;
-    for (const ImageRecord& record : image) {
-        if (kind_of(record) != RecordKind::lstm) continue;
-        const LstmLayer<T> layer = lstm_layer<T>(image, record);
-        for (std::size_t at = 0; at < layer.direction_count; ++at) {
-            const StateRows<T> h_rows = place.h(image.header(), h, batch);
-            const StateRows<T> c_rows = place.c(image.header(), c, batch);
-            for (std::size_t row = 0; row < batch; ++row) {
-                fill<T>(layer.directions[at].initial_h, layer.recurrent_size, h_rows.data + row * h_rows.stride);
-                fill<T>(layer.directions[at].initial_c, layer.hidden_size, c_rows.data + row * c_rows.stride);
-            }
-            place.next(layer.recurrent_size, layer.hidden_size);
-        }
-    }
 }
 
 template <class T>

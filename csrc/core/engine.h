@@ -26,9 +26,6 @@ struct ModelRun {
                                   ///< row of the batch; of x only the skipped columns are read then
 };
 
-/// Whether a layer runs backwards in time as well, so that a sequence cannot be cut into calls.
-bool is_bidirectional(const Image& image) CELLSTEP_NONBLOCKING;
-
 /// A model made ready to run, so that a call finds all sizes and places known.
 template <class T>
 struct Plan;

@@ -495,6 +495,13 @@ ImageStatus open_records(const void* data, std::size_t size, std::uint64_t lengt
     return ImageStatus::ok;
 }
 
+bool is_bidirectional(const Image& image) CELLSTEP_NONBLOCKING {
+    for (const ImageRecord& record : image)
+        if (record.kind == static_cast<std::uint32_t>(RecordKind::lstm) && (record.flags & LayerFlags::bidirectional))
+            return true;
+    return false;
+}
+
 ImageStatus check_values(const Image& image, Values values) {
     const ImageHeader& header = image.header();
     const unsigned char* bytes = reinterpret_cast<const unsigned char*>(&header);

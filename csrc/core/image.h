@@ -214,6 +214,9 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image);
 /// names) is not checked.
 ImageStatus open_records(const void* data, std::size_t size, std::uint64_t length, Image* image);
 
+/// Whether a layer runs backwards in time as well, so that a sequence cannot be cut into calls.
+bool is_bidirectional(const Image& image) CELLSTEP_NONBLOCKING;
+
 /// Values that a caller takes.
 enum class Values { finite, any };
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/engine.h"
 #include "core/image.h"
 #include "core/kernels.h"
 
@@ -125,6 +126,30 @@ struct StatePlace {
         c_at += c_size;
     }
 };
+
+/// A state's values, or zeros where there are none.
+template <class T>
+void fill(const T* values, std::size_t count, T* target) {
+    for (std::size_t at = 0; at < count; ++at) target[at] = values ? values[at] : T(0);
+}
+
+template <class T>
+void initial_state(const Image& image, std::size_t batch, T* h, T* c) CELLSTEP_NONBLOCKING {
+    StatePlace place;
+    for (const ImageRecord& record : image) {
+        if (kind_of(record) != RecordKind::lstm) continue;
+        const LstmLayer<T> layer = lstm_layer<T>(image, record);
+        for (std::size_t at = 0; at < layer.direction_count; ++at) {
+            const StateRows<T> h_rows = place.h(image.header(), h, batch);
+            const StateRows<T> c_rows = place.c(image.header(), c, batch);
+            for (std::size_t row = 0; row < batch; ++row) {
+                fill<T>(layer.directions[at].initial_h, layer.recurrent_size, h_rows.data + row * h_rows.stride);
+                fill<T>(layer.directions[at].initial_c, layer.hidden_size, c_rows.data + row * c_rows.stride);
+            }
+            place.next(layer.recurrent_size, layer.hidden_size);
+        }
+    }
+}
 
 }  // namespace core
 }  // namespace cellstep

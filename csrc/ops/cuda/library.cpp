@@ -16,6 +16,14 @@ bool here(cellstep::cuda::Tensor) { return true; }
 }  // namespace
 
 CELLSTEP_OPERATORS(library) {
+    library.impl("lstm_cell", TORCH_BOX(&cellstep::cuda::lstm_cell));
+    library.impl("lstm_cell_backward", TORCH_BOX(&cellstep::cuda::lstm_cell_backward));
+    library.impl("lstm_layer", TORCH_BOX(&cellstep::cuda::lstm_layer));
+    library.impl("lstm_layer_backward", TORCH_BOX(&cellstep::cuda::lstm_layer_backward));
+    library.impl("lstm_packed", TORCH_BOX(&cellstep::cuda::lstm_packed));
+    library.impl("lstm_packed_backward", TORCH_BOX(&cellstep::cuda::lstm_packed_backward));
+    library.impl("lstm_layers", TORCH_BOX(&cellstep::cuda::lstm_layers));
+    library.impl("lstm_layers_backward", TORCH_BOX(&cellstep::cuda::lstm_layers_backward));
     library.impl("has_kernels", TORCH_BOX(&here));
     library.impl("lstm_variant", TORCH_BOX(&cellstep::cuda::lstm_variant));
     library.impl("dense", TORCH_BOX(&cellstep::cuda::dense));

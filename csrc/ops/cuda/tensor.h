@@ -69,13 +69,13 @@ inline const void* data_of(const Maybe& tensor) { return tensor ? tensor->const_
 inline void* memory_of(const Maybe& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
 
 /// A weight (4 H, K) with any strides, or a bias (4 H).
-inline WeightView view_of(const Tensor& weight, std::int64_t hidden_size) {
+inline WeightView weight_view_of(const Tensor& weight, std::int64_t hidden_size) {
     const std::int64_t unit = weight.stride(0);
     return {weight.const_data_ptr(), hidden_size * unit, 16 * unit, unit, weight.dim() == 2 ? weight.stride(1) : 1};
 }
 
-inline WeightView view_of(const Maybe& weight, std::int64_t hidden_size) {
-    return weight ? view_of(*weight, hidden_size) : WeightView{};
+inline WeightView weight_view_of(const Maybe& weight, std::int64_t hidden_size) {
+    return weight ? weight_view_of(*weight, hidden_size) : WeightView{};
 }
 
 }  // namespace cuda
