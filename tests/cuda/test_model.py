@@ -4,7 +4,6 @@ CPU's engine on the same file."""
 import copy
 import itertools
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,15 +20,9 @@ CLOSE = {torch.float32: RANGE, torch.float64: 1e-12, torch.float16: 2e-3, torch.
 DTYPES = list(CLOSE)
 
 
-@pytest.fixture(scope="module")
-def ops():
-    """The CUDA library's sources on the processor."""
-    if not hasattr(torch.ops.cellstep_emulated, "run_records"):
-        found = sorted(Path(__file__).parents[2].glob("build/*/tests/cuda/libcellstep_ops_emulated.so"))
-        if not found:
-            pytest.skip("build with CELLSTEP_BUILD_CUDA_EMULATED=ON")
-        torch.ops.load_library(str(found[0]))
-    return torch.ops.cellstep_emulated
+@pytest.fixture
+def ops(emulated):
+    return emulated
 
 
 def assert_near(found, expected, tolerance, name=""):
@@ -362,8 +355,8 @@ def test_every_tail_of_panels(ops, hidden, stored):
     for reverse in (False, True):
         p = widened.lstms[0].layer_parameters(0, reverse)
         q = weights._int8(p["weight_ih"].detach().numpy(), p["weight_hh"].detach().numpy(), factors)
-        p["weight_ih"].data.copy_(torch.from_numpy(q.ih * q.scale_x[:, None] * factors))
-        p["weight_hh"].data.copy_(torch.from_numpy(q.hh * q.scale_h[:, None]))
+        p["weight_ih"].data.copy_(torch.from_numpy(q.q_ih * q.scale_x[:, None] * factors))
+        p["weight_hh"].data.copy_(torch.from_numpy(q.q_hh * q.scale_h[:, None]))
     _, plain = file_of(widened)
     expected = torch.ops.cellstep.run_model(plain, x, h, c, 1, 0, None, None)
     found = ops.run_records(records, image, x, h, c, 1, 0, None, None)
