@@ -29,7 +29,9 @@ def assert_near(found, expected, tolerance, name=""):
     assert found.shape == expected.shape, (name, found.shape, expected.shape)
     expected = expected.double()
     largest = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    torch.testing.assert_close(found.double(), expected, rtol=0.0, atol=tolerance * largest, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0.0, atol=tolerance * largest, msg=lambda m: f"{name}: {m}"
+    )
 
 
 # ---- lstm_variant
@@ -238,7 +240,10 @@ CHAINS = {
     "clip": lambda: [LSTM(3, 7, 2, cell_clip=0.2), Dense(7, 1)],
     "zoneout": lambda: [LSTM(3, 7, zoneout=(0.1, 0.3), bidirectional=True), Dense(14, 1)],
     "learned": lambda: [LSTM(3, 7, 2, learn_initial_state=True), LSTM(7, 7), Dense(7, 1)],
-    "learned sizes": lambda: [LSTM(3, 4, learn_initial_state=True), LSTM(4, 6, learn_initial_state=True, peephole=True)],
+    "learned sizes": lambda: [
+        LSTM(3, 4, learn_initial_state=True),
+        LSTM(4, 6, learn_initial_state=True, peephole=True),
+    ],
     "cells": lambda: [LSTM(3, 5, return_cell_states=True, bidirectional=True), LSTM(20, 5), Dense(5, 1)],
     "cells last": lambda: [LSTM(4, 6), LSTM(6, 6, residual=True, return_cell_states=True), Dense(12, 2)],
     "deep": lambda: [LSTM(3, 4, 20), Dense(4, 1)],
