@@ -442,13 +442,13 @@ Tensor Run<T>::run_group(const Group& group, const Tensor& seen, Maybe& last_h) 
     }
     last_h = ops::view_of(h_end, {directions, batch, units}, {batch * units, units, 1},
                           (count - directions) * batch * units);
+    const std::int64_t width = directions * units;
     if (first.has(core::LayerFlags::residual)) {
         const Tensor source = as_contiguous(seen);
         kept.push_back(source);
-        const std::int64_t width = directions * units;
         check(add_rows<T>({batch, steps, width, data<T>(source), {mutable_data<T>(y), batch * width, width}}, stream));
     }
-    return y;
+    return ops::view_of(y, {steps, batch, width}, {batch * width, width, 1});
 }
 
 /// A layer with options; last_h is what the heads see of its state, (1, N, output_size), if it is the last.

@@ -158,10 +158,11 @@ __device__ T stored_weight(Stored stored, const unsigned char* weights, std::int
 /// Value of input k of a unit's gate, k = -1 for the bias; those of hidden values lie behind the I inputs.
 template <class T>
 __device__ T packed_value(const Unpack<T>& u, int gate, std::int64_t unit, std::int64_t k) {
-    const std::int64_t full = (u.hidden_size + 3) / 16 * 16;  // units in panels of 16
-    const std::int64_t first = unit < full ? unit / 16 * 16 : full;
-    const std::int64_t left = u.hidden_size - full;
-    const std::int64_t width = unit < full ? 16 : left > 4 ? 8 : 4;
+    // Panels of 16 units, then where need be one of 8 and one of 4.
+    const std::int64_t full = (u.hidden_size + 3) / 16 * 16;
+    const std::int64_t middle = u.hidden_size - full > 4 ? 8 : 0;
+    const std::int64_t first = unit < full ? unit / 16 * 16 : unit < full + middle ? full : full + middle;
+    const std::int64_t width = unit < full ? 16 : unit < full + middle ? 8 : 4;
     const std::int64_t column = gate * width + (unit - first);
     const std::int64_t depth = u.input_size + u.recurrent_size;
     if (u.stored != Stored::int8) {
