@@ -220,6 +220,8 @@ ImageStatus check_constants(const unsigned char* end) {
     return constants[1] == 0.0f && constants[2] == 0.0f ? ImageStatus::ok : left_out(LeftOut::zoneout);
 }
 
+/// Data: whether the bytes behind the records are there to be looked at.
+template <bool Data>
 ImageStatus check_records(const Image& image, const unsigned char* bytes) {
     const ImageHeader& header = image.header();
     std::uint64_t end =
@@ -242,7 +244,7 @@ ImageStatus check_records(const Image& image, const unsigned char* bytes) {
             if (status != ImageStatus::ok) return status;
         }
         if (record.length == 0 || record.length != expected_length(header, record)) return ImageStatus::format;
-        if (kind == RecordKind::lstm) {
+        if (Data && kind == RecordKind::lstm) {
             const ImageStatus status = check_constants(bytes + record.offset + record.length);
             if (status != ImageStatus::ok) return status;
         }
@@ -261,17 +263,37 @@ ImageStatus check_records(const Image& image, const unsigned char* bytes) {
                 if ((flags & LayerFlags::residual) && output != width) return ImageStatus::format;
                 width = output + (flags & LayerFlags::cells ? record.sizes[1] * directions : 0);
             }
-            if (kind == RecordKind::skip && !columns_fit(header.input_size, bytes + record.offset, record.sizes[0]))
+            if (Data && kind == RecordKind::skip &&
+                !columns_fit(header.input_size, bytes + record.offset, record.sizes[0]))
                 return ImageStatus::format;
         } else if (kind == RecordKind::feature_names || kind == RecordKind::output_names) {
             const std::uint32_t count = kind == RecordKind::feature_names ? header.input_size : header.output_size;
             if (record.sizes[0] != count) return ImageStatus::format;
-            if (!names_are_whole(reinterpret_cast<const char*>(bytes + record.offset), record.length, count))
+            if (Data && !names_are_whole(reinterpret_cast<const char*>(bytes + record.offset), record.length, count))
                 return ImageStatus::format;
         }
     }
     const bool fits = state_fits(image) && width == header.output_size && end == header.length;
     return fits ? ImageStatus::ok : ImageStatus::format;
+}
+
+/// All that open_image checks behind the magic, of an image of `length` bytes.
+template <bool Data, class Length>
+ImageStatus check_image(const Image& image, const unsigned char* bytes, Length length) {
+    const ImageHeader& header = image.header();
+    if (header.version > current_version) return ImageStatus::newer;
+    if (header.version < current_version) return ImageStatus::version;
+    if (header.length != length) return ImageStatus::length;
+    if (header.dtype > static_cast<std::uint32_t>(float32_only ? DataType::float32 : DataType::float64))
+        return ImageStatus::dtype;
+    const std::uint32_t sizes[] = {header.input_size, header.output_size, header.state_layers, header.h_size,
+                                   header.c_size};
+    for (const std::uint32_t value : sizes)
+        if (value == 0 || value > largest_size) return ImageStatus::format;
+    if (header.window > largest_size || header.horizon > largest_size) return ImageStatus::format;
+    if (header.answers > static_cast<std::uint32_t>(Answers::hidden)) return ImageStatus::format;
+    if (header.record_count > (length - sizeof(ImageHeader)) / sizeof(ImageRecord)) return ImageStatus::format;
+    return check_records<Data>(image, bytes);
 }
 
 /// Bitwise by nibbles: sixteen table entries are small enough for a microcontroller.
@@ -452,20 +474,22 @@ ImageStatus open_image(const void* data, std::size_t size, Image* image) {
 
     Image candidate;
     candidate.bytes_ = bytes;
-    const ImageHeader& header = candidate.header();
-    if (header.version > current_version) return ImageStatus::newer;
-    if (header.version < current_version) return ImageStatus::version;
-    if (header.length != size) return ImageStatus::length;
-    if (header.dtype > static_cast<std::uint32_t>(float32_only ? DataType::float32 : DataType::float64))
-        return ImageStatus::dtype;
-    const std::uint32_t sizes[] = {header.input_size, header.output_size, header.state_layers, header.h_size,
-                                   header.c_size};
-    for (const std::uint32_t value : sizes)
-        if (value == 0 || value > largest_size) return ImageStatus::format;
-    if (header.window > largest_size || header.horizon > largest_size) return ImageStatus::format;
-    if (header.answers > static_cast<std::uint32_t>(Answers::hidden)) return ImageStatus::format;
-    if (header.record_count > (size - sizeof(ImageHeader)) / sizeof(ImageRecord)) return ImageStatus::format;
-    const ImageStatus status = check_records(candidate, bytes);
+    const ImageStatus status = check_image<true>(candidate, bytes, size);
+    if (status != ImageStatus::ok) return status;
+    *image = candidate;
+    return ImageStatus::ok;
+}
+
+ImageStatus open_records(const void* data, std::size_t size, std::uint64_t length, Image* image) {
+    if (!data || !image) return ImageStatus::argument;
+    if (reinterpret_cast<std::uintptr_t>(data) % 8) return ImageStatus::alignment;
+    if (size < sizeof(ImageHeader) || length < size) return ImageStatus::length;
+    Image candidate;
+    candidate.bytes_ = static_cast<const unsigned char*>(data);
+    if (std::memcmp(data, magic, sizeof(magic)) != 0) return ImageStatus::magic;
+    if (candidate.header().record_count > (size - sizeof(ImageHeader)) / sizeof(ImageRecord))
+        return ImageStatus::length;
+    const ImageStatus status = check_image<false>(candidate, candidate.bytes_, length);
     if (status != ImageStatus::ok) return status;
     *image = candidate;
     return ImageStatus::ok;

@@ -201,12 +201,18 @@ public:
 private:
     const unsigned char* bytes_ = nullptr;
     friend ImageStatus open_image(const void*, std::size_t, Image*);
+    friend ImageStatus open_records(const void*, std::size_t, std::uint64_t, Image*);
 };
 
 /// Checks everything but the values: that every access the engine will make lies inside the image. Takes well under
 /// a microsecond, so that a caller who cannot trust its bytes to stay the same may check at every call.
 /// Errors: argument, alignment (8 bytes), magic, version, newer, length, format, dtype, unsupported.
 ImageStatus open_image(const void* data, std::size_t size, Image* image);
+
+/// The same of the header and the records alone, which lie in `size` bytes, of an image of `length` bytes whose data
+/// lie elsewhere: the image then has no data() and no names, and what the data say of themselves (columns of a skip,
+/// names) is not checked.
+ImageStatus open_records(const void* data, std::size_t size, std::uint64_t length, Image* image);
 
 /// Values that a caller takes.
 enum class Values { finite, any };

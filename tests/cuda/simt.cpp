@@ -3,11 +3,20 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
 #include <vector>
+
+#if defined(CELLSTEP_SIMT_RACES)
+#include <sanitizer/tsan_interface.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 namespace simt {
 
@@ -17,14 +26,58 @@ namespace {
 
 constexpr std::size_t stack_bytes = 64 * 1024;
 constexpr std::size_t exchange_bytes = 64;
-constexpr long longest_wait = 20'000'000;  // pauses without a thread that does anything else
+constexpr std::size_t guard_bytes = 256;  // on either side of a block's shared memory
+constexpr unsigned char guard = 0xa5;
+constexpr long longest_wait = 2'000'000;  // pauses without a thread that does anything else
 
 [[noreturn]] void stop(const char* reason) {
     std::fprintf(stderr, "simt: %s\n", reason);
     std::abort();
 }
 
+// What orders accesses, told to the thread sanitizer: whatever came before publish(p) comes before observe(p) is over.
+#if defined(CELLSTEP_SIMT_RACES)
+void publish(void* point) { __tsan_release(point); }
+void observe(void* point) { __tsan_acquire(point); }
+#else
+void publish(void*) {}
+void observe(void*) {}
+#endif
+
+/// A stack to run on, as the sanitizers see it.
+struct Strand {
+#if defined(CELLSTEP_SIMT_RACES)
+    void* thread = nullptr;
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    void* frames = nullptr;
+#endif
+    const void* bottom = nullptr;
+    std::size_t bytes = 0;
+};
+
+/// Just before a jump from one strand to another, which is not come back from where `last`.
+void leave([[maybe_unused]] Strand& from, [[maybe_unused]] Strand& to, [[maybe_unused]] bool last) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(last ? nullptr : &from.frames, to.bottom, to.bytes);
+#endif
+#if defined(CELLSTEP_SIMT_RACES)
+    __tsan_switch_to_fiber(to.thread, __tsan_switch_to_fiber_no_sync);
+#endif
+}
+
+/// Just behind a jump to `to`; fills in the bounds of the stack that it came from.
+void arrive([[maybe_unused]] Strand& to, [[maybe_unused]] Strand& from) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(to.frames, &from.bottom, &from.bytes);
+#endif
+}
+
 struct Block;
+
+/// Why a fiber gave up the processor. The host's stack alone keeps the books: the thread sanitizer would take what a
+/// fiber does to a list for a race among the threads of the kernel.
+enum class Wish { end, pause, block_sync, exchange };
 
 struct Fiber {
     Place place;
@@ -33,12 +86,15 @@ struct Fiber {
     jmp_buf at;
     bool begun = false;
     std::unique_ptr<unsigned char[]> stack;
+    Strand strand;
 };
 
 struct Warp {
     int waiting = 0;
     int lanes = 0;
     unsigned meeting = 0;
+    Meeting kind = Meeting::sync;
+    std::size_t bytes = 0;
     unsigned char values[2][32 * exchange_bytes];
     std::vector<Fiber*> asleep;
 };
@@ -46,26 +102,39 @@ struct Warp {
 struct Block {
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Warp> warps;
-    std::unique_ptr<unsigned char[]> shared;
+    std::unique_ptr<unsigned char[]> memory;  // shared memory between two guards
     std::size_t alive = 0;
     std::vector<Fiber*> asleep;  // at the block's barrier
+    unsigned barrier = 0;
+    char points[2];  // publish and observe, of barriers in turn
 };
 
 std::mt19937_64 order;
 std::vector<Fiber*> runnable;
 Fiber* running = nullptr;
 jmp_buf scheduler;
+Strand host;
+char begin, end;  // publish and observe, of a launch
 const std::function<void()>* body = nullptr;
-bool finished = false;
+Wish wish = Wish::end;
 long pauses = 0;
 
-void yield() {
-    if (_setjmp(running->at) == 0) _longjmp(scheduler, 1);
+void yield(Wish why) {
+    wish = why;
+    if (_setjmp(running->at) == 0) {
+        leave(running->strand, host, false);
+        _longjmp(scheduler, 1);
+    }
+    arrive(running->strand, host);
 }
 
 void entry() {
+    arrive(running->strand, host);
+    observe(&begin);
     (*body)();
-    finished = true;
+    publish(&end);
+    wish = Wish::end;
+    leave(running->strand, host, true);
     _longjmp(scheduler, 1);
 }
 
@@ -82,21 +151,45 @@ long setting(const char* name, long otherwise) {
 std::unique_ptr<Block> start(dim3 index, dim3 grid, dim3 size, std::size_t shared) {
     auto block = std::make_unique<Block>();
     const unsigned count = size.x * size.y * size.z;
-    block->shared.reset(new unsigned char[shared + 16]);
-    std::memset(block->shared.get(), 0xff, shared + 16);
+    block->memory.reset(new unsigned char[shared + 2 * guard_bytes]);
+    unsigned char* memory = block->memory.get() + guard_bytes;
+    std::memset(block->memory.get(), guard, shared + 2 * guard_bytes);
+    std::memset(memory, 0xff, shared);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_poison_memory_region(block->memory.get(), guard_bytes);
+    __asan_poison_memory_region(memory + shared, guard_bytes);
+#endif
     block->alive = count;
     block->warps.resize(count / 32);
     for (Warp& warp : block->warps) warp.lanes = 32;
     for (unsigned at = 0; at < count; ++at) {
         auto fiber = std::make_unique<Fiber>();
-        fiber->place = {
-            {at % size.x, at / size.x % size.y, at / size.x / size.y}, index, size, grid, block->shared.get()};
+        fiber->place = {{at % size.x, at / size.x % size.y, at / size.x / size.y}, index, size, grid, memory};
         fiber->block = block.get();
         fiber->stack.reset(new unsigned char[stack_bytes]);
+        fiber->strand.bottom = fiber->stack.get();
+        fiber->strand.bytes = stack_bytes;
+#if defined(CELLSTEP_SIMT_RACES)
+        fiber->strand.thread = __tsan_create_fiber(0);
+#endif
         runnable.push_back(fiber.get());
         block->fibers.push_back(std::move(fiber));
     }
     return block;
+}
+
+/// A block's end.
+void check(Block& block, std::size_t shared) {
+    unsigned char* memory = block.memory.get();
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(memory, shared + 2 * guard_bytes);
+#endif
+    for (std::size_t at = 0; at < guard_bytes; ++at)
+        if (memory[at] != guard || memory[guard_bytes + shared + at] != guard)
+            stop("a block wrote beside its shared memory");
+#if defined(CELLSTEP_SIMT_RACES)
+    for (auto& fiber : block.fibers) __tsan_destroy_fiber(fiber->strand.thread);
+#endif
 }
 
 Warp& warp_of(Fiber* fiber) {
@@ -109,8 +202,12 @@ Warp& warp_of(Fiber* fiber) {
 void resume(Fiber* fiber) {
     running = fiber;
     here = &fiber->place;
-    finished = false;
-    if (_setjmp(scheduler) != 0) return;
+    if (_setjmp(scheduler) != 0) {
+        Strand gone;
+        arrive(host, gone);
+        return;
+    }
+    leave(host, fiber->strand, false);
     if (fiber->begun) _longjmp(fiber->at, 1);
     fiber->begun = true;
     getcontext(&fiber->context);
@@ -126,36 +223,40 @@ void resume(Fiber* fiber) {
 void block_sync() {
     pauses = 0;
     Block& block = *running->block;
-    block.asleep.push_back(running);
-    if (block.asleep.size() == block.alive) wake(block.asleep);
-    yield();
+    if (block.alive != block.fibers.size()) stop("a thread waits at a barrier that one that has ended did not come to");
+    char* point = &block.points[block.barrier & 1];
+    publish(point);
+    yield(Wish::block_sync);
+    observe(point);
 }
 
-const unsigned char* exchange(const void* value, std::size_t bytes) {
+const unsigned char* exchange(const void* value, std::size_t bytes, Meeting kind) {
     if (bytes > exchange_bytes) stop("expected at most 64 bytes a lane in an exchange");
     pauses = 0;
     Warp& warp = warp_of(running);
+    if (warp.lanes < 32) stop("a shuffle, a multiply or a warp_sync whose other lanes have ended");
+    if (warp.waiting == 0) {
+        warp.kind = kind;
+        warp.bytes = bytes;
+    } else if (warp.kind != kind || warp.bytes != bytes) {
+        stop("lanes of one warp meet for different things: a shuffle, a multiply or a warp_sync lacks lanes");
+    }
     unsigned char* values = warp.values[warp.meeting & 1];
     std::memcpy(values + (running->place.thread.x & 31u) * bytes, value, bytes);
-    warp.asleep.push_back(running);
-    if (++warp.waiting == warp.lanes) {
-        warp.waiting = 0;
-        ++warp.meeting;
-        wake(warp.asleep);
-    }
-    yield();
+    publish(values);
+    yield(Wish::exchange);
+    observe(values);
     return values;
 }
 
 void warp_sync() {
     const int nothing = 0;
-    exchange(&nothing, sizeof(nothing));
+    exchange(&nothing, sizeof(nothing), Meeting::sync);
 }
 
 void pause() {
     if (++pauses > longest_wait) stop("a block waits for another one that does not come: no thread does anything else");
-    runnable.push_back(running);
-    yield();
+    yield(Wish::pause);
 }
 
 void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& kernel) {
@@ -169,12 +270,19 @@ void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& 
     body = &kernel;
     runnable.clear();
     pauses = 0;
+#if defined(CELLSTEP_SIMT_RACES)
+    host.thread = __tsan_get_current_fiber();
+#endif
+    std::vector<unsigned> starts(blocks);
+    for (std::size_t at = 0; at < blocks; ++at) starts[at] = static_cast<unsigned>(at);
+    if (setting("CELLSTEP_SIMT_SEED", 0) != 0) std::shuffle(starts.begin(), starts.end(), order);
     std::vector<std::unique_ptr<Block>> resident;
     std::size_t next = 0;
     for (;;) {
         while (resident.size() < most && next < blocks) {
-            const auto at = static_cast<unsigned>(next++);
+            const unsigned at = starts[next++];
             resident.push_back(start({at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y}, grid, size, shared));
+            publish(&begin);
         }
         if (resident.empty()) return;
         if (runnable.empty()) stop("all threads wait at barriers that not all of their block or warp come to");
@@ -183,15 +291,32 @@ void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& 
         runnable[pick] = runnable.back();
         runnable.pop_back();
         resume(fiber);
-        if (!finished) continue;
         Block* block = fiber->block;
         Warp& warp = warp_of(fiber);
+        if (wish == Wish::pause) {
+            runnable.push_back(fiber);
+        } else if (wish == Wish::block_sync) {
+            block->asleep.push_back(fiber);
+            if (block->asleep.size() == block->alive) {
+                ++block->barrier;
+                wake(block->asleep);
+            }
+        } else if (wish == Wish::exchange) {
+            warp.asleep.push_back(fiber);
+            if (++warp.waiting == warp.lanes) {
+                warp.waiting = 0;
+                ++warp.meeting;
+                wake(warp.asleep);
+            }
+        }
+        if (wish != Wish::end) continue;
+        observe(&end);
+        pauses = 0;
         --warp.lanes;
         if (warp.waiting > 0) stop("a thread ended while others of its warp wait for it");
-        if (--block->alive > 0) {
-            if (block->asleep.size() == block->alive) wake(block->asleep);
-            continue;
-        }
+        if (!block->asleep.empty()) stop("a thread ended without a barrier that others of its block wait at");
+        if (--block->alive > 0) continue;
+        check(*block, shared);
         for (std::size_t at = 0; at < resident.size(); ++at) {
             if (resident[at].get() != block) continue;
             resident.erase(resident.begin() + static_cast<std::ptrdiff_t>(at));

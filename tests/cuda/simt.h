@@ -1,9 +1,15 @@
 /// CUDA's threads on a processor: csrc/ops/cuda/device.h includes this with CELLSTEP_EMULATED, and a launch then runs
 /// every thread of every block on fibers of the calling thread.
 ///
-/// What a device would get wrong in silence shows here: shared memory begins as NaN, a block's threads run in an order
-/// that hangs on CELLSTEP_SIMT_SEED, a block that waits for one that cannot start ends the program with a line on why.
-/// CELLSTEP_SIMT_BLOCKS (default 8) blocks run at once, as if the device had no room for more.
+/// What a device would get wrong in silence shows here. Shared memory begins as NaN; a block's threads run, and its
+/// launch's blocks start, in an order that hangs on CELLSTEP_SIMT_SEED (0, the default, starts blocks in order). The
+/// program ends with a line on why where a block waits for one that cannot start, a barrier or a shuffle is not come to
+/// by all, or a block wrote beside its shared memory. CELLSTEP_SIMT_BLOCKS (default 8) blocks run at once, as if the
+/// device had no room for more.
+///
+/// Races: simt.cpp compiled with -DCELLSTEP_SIMT_RACES and without a sanitizer, everything else with
+/// -fsanitize=thread, tells the thread sanitizer which CUDA thread runs and what its barriers order; it then reports
+/// reads and writes of shared and global memory that nothing orders. (A shuffle counts as a warp_sync there.)
 #pragma once
 
 #include <cmath>
@@ -59,9 +65,11 @@ extern Place* here;
 
 void block_sync();
 void warp_sync();
+/// What the lanes of a warp come together for; all 32 for the same.
+enum class Meeting { shuffle, sync, multiply };
 /// Gives `bytes` of this lane to the warp; the answer holds those of its 32 lanes, one behind the other, until the
 /// warp meets the next time.
-const unsigned char* exchange(const void* value, std::size_t bytes);
+const unsigned char* exchange(const void* value, std::size_t bytes, Meeting kind = Meeting::shuffle);
 /// Lets other threads run.
 void pause();
 void run(dim3 grid, dim3 block, std::size_t shared, const std::function<void()>& kernel);
@@ -95,14 +103,13 @@ T shuffle_xor(T value, int mask) {
     return shuffle(value, static_cast<int>(threadIdx.x & 31u) ^ mask);
 }
 
-inline int load_acquire(const int* word) { return *static_cast<const volatile int*>(word); }
-inline void store_release(int* word, int value) { *static_cast<volatile int*>(word) = value; }
-inline int fetch_add(int* word, int value) {
-    const int before = *word;
-    *word = before + value;
-    return before;
-}
+inline int load_acquire(const int* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+inline void store_release(int* word, int value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+inline int fetch_add(int* word, int value) { return __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
 inline void pause() { simt::pause(); }
+
+/// Bytes of shared memory that a block may have: that of an H100.
+inline std::size_t shared_limit() { return 227 * 1024; }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
@@ -151,7 +158,7 @@ T from_float(double x) {
 template <class T>
 void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], T) {
     std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-    const unsigned char* all = simt::exchange(mine, sizeof(mine));
+    const unsigned char* all = simt::exchange(mine, sizeof(mine), simt::Meeting::multiply);
     const auto value = [all](unsigned lane, unsigned word, unsigned half) {
         T found;
         std::memcpy(&found, all + (lane * 6 + word) * 4 + half * 2, 2);

@@ -114,11 +114,11 @@ __device__ inline T from_float(double x) {
     return static_cast<T>(x);
 }
 
-/// Bytes of shared memory a block can have on the current device.
+/// Bytes of shared memory that a block may have on the current device.
 inline std::size_t shared_limit() {
-    int device = 0, bytes = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+    int device = 0, bytes = 48 * 1024;
+    if (cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     return static_cast<std::size_t>(bytes);
 }
 
@@ -131,8 +131,9 @@ const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t 
     if (shared > 48 * 1024)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error == cudaSuccess) {
-        kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)> > >(argument);
-        error = cudaPeekAtLastError();
+        void* arguments[] = {const_cast<Argument*>(&argument)};
+        error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared,
+                                 static_cast<cudaStream_t>(stream));
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,0 +1,1032 @@
+/// Whole sequences on tensor cores, float16 and bfloat16: a block keeps the recurrent weights of one stage (and those
+/// of its input, if they are part of the launch) in registers and shared memory and takes 8, 16, 24 or 32 rows through
+/// all steps, with one block barrier a step.
+///
+/// Products are mma.m16n8k16: the weights are the (16, 16) operand, 8 rows of the batch the (16, 8) one, so that a step
+/// of 8 rows costs what one row would. Which weight stands for which k of the product is free as long as both operands
+/// agree, and is chosen so that a lane's part of 32 consecutive values (a "k-block", two products) is 16 consecutive
+/// bytes: value 8 q + j of a block, q the lane's number modulo 4.
+#include "device.h"
+#include "kernels.h"
+
+namespace cellstep {
+namespace cuda {
+namespace {
+
+constexpr int most_passes = 4;    // of 8 rows each
+constexpr int block_bytes = 64;   // of a k-block in a row of values
+constexpr int slot_bytes = 2048;  // of the weights of a k-block for 32 rows of the product: 4 fragments
+constexpr int ahead_words = 4;    // of an input step that a thread holds while they come
+
+template <class Word>
+__device__ inline Word read(const void* from) {
+    Word word;
+    memcpy(&word, __builtin_assume_aligned(from, sizeof(Word)), sizeof(Word));
+    return word;
+}
+
+template <class Word>
+__device__ inline void write(void* to, const Word& word) {
+    memcpy(__builtin_assume_aligned(to, sizeof(Word)), &word, sizeof(Word));
+}
+
+template <class T>
+__device__ inline std::uint32_t pair_of(T low, T high) {
+    std::uint16_t bits[2];
+    memcpy(&bits[0], &low, 2);
+    memcpy(&bits[1], &high, 2);
+    return bits[0] | static_cast<std::uint32_t>(bits[1]) << 16;
+}
+
+template <class T>
+__device__ inline T at_or_zero(const void* data, std::int64_t place) {
+    return data ? static_cast<const T*>(data)[place] : from_float<T>(0.0f);
+}
+
+/// Rows of values in shared memory are an odd number of k-blocks apart, and chunks of 16 bytes change places by row:
+/// then the 8 lanes of two rows that read together, and the 4 rows of one chunk that are written together, meet
+/// different banks.
+constexpr int row_bytes(int blocks) { return (blocks | 1) * block_bytes; }
+__device__ inline int chunk_of(int chunk, int row) { return chunk ^ (row >> 1 & 3); }
+
+/// A lane's part of block `block` for the rows of one pass, behind `values_place`.
+__device__ inline int values_place(int lane, int stride) {
+    return lane / 4 * stride + chunk_of(lane % 4, lane / 4) * 16;
+}
+
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+/// Calls with Number<0>() to Number<Count - 1>().
+template <int Count, class Function>
+__device__ inline void each(const Function& function) {
+    if constexpr (Count > 0) {
+        each<Count - 1>(function);
+        function(Number<Count - 1>());
+    }
+}
+
+/// The fragments of two products of 16 for two tiles of 16 rows: [tile][product][word].
+using Fragments = std::uint32_t[2][2][4];
+
+/// Two products of 16 for each tile; the two have sums of their own, which shortens the chain.
+template <class T>
+__device__ inline void multiply_block(float (&sums)[2][2][4], const Fragments& weights, const uint4& values) {
+    const std::uint32_t first[2] = {values.x, values.y}, second[2] = {values.z, values.w};
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) multiply_add(sums[0][tile], weights[tile][0], first, T());
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) multiply_add(sums[1][tile], weights[tile][1], second, T());
+}
+
+__device__ inline void read_fragments(Fragments& weights, const unsigned char* slot, int lane) {
+#pragma unroll
+    for (int at = 0; at < 4; ++at) {
+        const uint4 word = read<uint4>(slot + at * 512 + lane * 16);
+        weights[at / 2][at % 2][0] = word.x;
+        weights[at / 2][at % 2][1] = word.y;
+        weights[at / 2][at % 2][2] = word.z;
+        weights[at / 2][at % 2][3] = word.w;
+    }
+}
+
+__device__ inline void write_fragments(const Fragments& weights, unsigned char* slot, int lane) {
+#pragma unroll
+    for (int at = 0; at < 4; ++at) {
+        const auto& word = weights[at / 2][at % 2];
+        write(slot + at * 512 + lane * 16, make_uint4(word[0], word[1], word[2], word[3]));
+    }
+}
+
+/// Which k-blocks of a warp's weights stay in registers: of its first Units - 1 units of work the first Full, of the
+/// last one the first Last; the others lie in shared memory, slots of one unit of work of all warps side by side.
+template <class T, int Units_, int Full, int Last, int Warps>
+struct Layout {
+    using Type = T;
+    static constexpr int units = Units_;
+    static constexpr int threads = 32 * Warps;
+    static constexpr int kept = (Units_ - 1) * Full + Last;
+    static constexpr __host__ __device__ int kept_of(int unit) { return unit < Units_ - 1 ? Full : Last; }
+    static constexpr __host__ __device__ int first_of(int unit) { return unit * Full; }
+
+    /// Slots before those of unit of work `unit`, of `count` over `warps` warps, with `blocks` k-blocks each.
+    static __host__ __device__ int slots_before(int unit, int count, int warps, int blocks) {
+        int slots = 0;
+        for (int at = 0; at < unit; ++at) {
+            const int here = count - at * warps < warps ? count - at * warps : warps;
+            const int rest = blocks - kept_of(at);
+            if (here > 0 && rest > 0) slots += here * rest;
+        }
+        return slots;
+    }
+};
+
+/// What both sweeps know of a tile of rows.
+struct Tile {
+    const Steps& steps;
+    int first;     // row
+    int rows;      // with those that do not exist, of length 0
+    int* lengths;  // shared, (rows)
+
+    __device__ int token(int step) const { return steps.offsets ? steps.offsets[step] : step * steps.batch; }
+    __device__ bool reset(int step, int row) const {
+        return steps.reset[static_cast<std::int64_t>(step) * steps.batch + first + row] != 0;
+    }
+    __device__ int length_of(int row) const {
+        const int n = first + row;
+        if (n >= steps.batch) return 0;
+        if (!steps.offsets) return steps.lengths ? steps.lengths[n] : steps.steps;
+        int low = 0, high = steps.steps;  // the first step with n rows or fewer
+        while (low < high) {
+            const int middle = (low + high) / 2;
+            const std::int64_t end = middle + 1 < steps.steps ? steps.offsets[middle + 1] : steps.tokens;
+            if (end - steps.offsets[middle] > n)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        return low;
+    }
+    /// Writes the lengths; the longest. The block meets.
+    __device__ int longest() const {
+        for (int row = static_cast<int>(threadIdx.x); row < rows; row += static_cast<int>(blockDim.x))
+            lengths[row] = length_of(row);
+        block_sync();
+        int most = 0;
+        for (int row = 0; row < rows; ++row) most = max(most, lengths[row]);
+        return most;
+    }
+};
+
+__device__ inline void clear(unsigned char* from, int bytes) {
+    for (int at = static_cast<int>(threadIdx.x) * 16; at < bytes; at += static_cast<int>(blockDim.x) * 16)
+        write(from + at, make_uint4(0, 0, 0, 0));
+}
+
+/// `width` values for each of `directions` parts of `array` (parts, P, width) or, side by side, of (P, parts * width).
+template <class T>
+__device__ inline void clear_past(T* array, const Tile& tile, int longest, int width, std::int64_t stride) {
+    if (!array) return;
+    for (int step = longest; step < tile.steps.steps; ++step)
+        for (int row = 0; row < tile.rows && tile.first + row < tile.steps.batch; ++row)
+            for (int at = static_cast<int>(threadIdx.x); at < width; at += static_cast<int>(blockDim.x))
+                array[(static_cast<std::int64_t>(step) * tile.steps.batch + tile.first + row) * stride + at] =
+                    from_float<T>(0.0f);
+}
+
+/// -----------------------------------------------------------------------------------------------------------------
+/// Forward. A unit of work is a group of 8 hidden units and two tiles of the product: rows i and f of the 8, and rows g
+/// and o. A lane then holds all four gates of one unit for two rows of the batch, and updates their cells by itself.
+/// k-blocks: those of h, then those of the input.
+
+struct ForwardPlan {
+    Forward call;
+    int groups;
+    int warps;
+    int passes;
+    int tiles;
+    int h_stride;  // bytes of a row
+    int x_stride;
+    int bias_at;  // places in shared memory, in bytes
+    int cells_at;
+    int h_at;
+    int x_at;
+    int fragments_at;
+    int shared;
+};
+
+/// Limits an exponent to where products of three such powers stay finite; NaN passes.
+__device__ inline float power_of(float x) { return exp2_approx(x > 40.0f ? 40.0f : x); }
+
+/// Gate sums a become gates, c and h the new state. float16: gates and tanh to about 1e-7; the gates share one
+/// reciprocal, as the special function unit is what a step waits for.
+__device__ inline void update(float (&a)[4], float& c, float& h, __half) {
+    constexpr float log2_e = 1.44269504f;
+    const float i = 1.0f + power_of(-log2_e * a[0]);
+    const float f = 1.0f + power_of(-log2_e * a[1]);
+    const float power = power_of(2.0f * log2_e * a[2]);
+    const float g = power + 1.0f;
+    const float r = reciprocal_approx(i * f * g);
+    a[0] = f * g * r;
+    a[1] = i * g * r;
+    a[2] = (power - 1.0f) * (i * f * r);
+    c = a[1] * c + a[0] * a[2];
+    const float o = 1.0f + power_of(-log2_e * a[3]);
+    const float cell_power = power_of(2.0f * log2_e * c);
+    const float s = reciprocal_approx(o * (cell_power + 1.0f));
+    a[3] = (cell_power + 1.0f) * s;
+    h = (cell_power - 1.0f) * s;
+}
+
+/// bfloat16: by tanh.approx, whose 2^-11 is below the rounding of the type.
+__device__ inline float sigmoid_by_tanh(float x) { return 0.5f + 0.5f * tanh_approx(0.5f * x); }
+__device__ inline void update(float (&a)[4], float& c, float& h, __nv_bfloat16) {
+    a[0] = sigmoid_by_tanh(a[0]);
+    a[1] = sigmoid_by_tanh(a[1]);
+    a[2] = tanh_approx(a[2]);
+    a[3] = sigmoid_by_tanh(a[3]);
+    c = a[1] * c + a[0] * a[2];
+    h = a[3] * tanh_approx(c);
+}
+
+/// Eight weights from column `k` of one row, zeros outside.
+template <class T>
+__device__ inline void eight_weights(std::uint32_t (&words)[4], const WeightView& view, int gate, int unit, int units,
+                                     int k, int columns) {
+#pragma unroll
+    for (int at = 0; at < 4; ++at) words[at] = 0;
+    if (unit >= units || k >= columns) return;
+    const T* row = static_cast<const T*>(view.data) + gate * view.gate + unit / 16 * view.panel +
+                   unit % 16 * view.unit + k * view.column;
+    if (view.column == 1 && k + 8 <= columns && reinterpret_cast<std::uintptr_t>(row) % 16 == 0) {
+        const uint4 word = read<uint4>(row);
+        words[0] = word.x;
+        words[1] = word.y;
+        words[2] = word.z;
+        words[3] = word.w;
+        return;
+    }
+    const T zero = from_float<T>(0.0f);
+#pragma unroll
+    for (int at = 0; at < 4; ++at)
+        words[at] = pair_of(k + 2 * at < columns ? row[2 * at * view.column] : zero,
+                            k + 2 * at + 1 < columns ? row[(2 * at + 1) * view.column] : zero);
+}
+
+/// The weights of a group for one k-block.
+template <class T>
+__device__ inline void load_fragments(Fragments& weights, const WeightView& view, int group, int units, int block,
+                                      int columns, int lane) {
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+        std::uint32_t words[4];
+        eight_weights<T>(words, view, gate, group * 8 + lane / 4, units, block * 32 + lane % 4 * 8, columns);
+#pragma unroll
+        for (int at = 0; at < 4; ++at) weights[gate / 2][at / 2][gate % 2 + at % 2 * 2] = words[at];
+    }
+}
+
+template <class L>
+__global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_constant__ ForwardPlan plan) {
+    using T = typename L::Type;
+    const Forward& call = plan.call;
+    unsigned char* const memory = shared_memory();
+    int* const words = reinterpret_cast<int*>(memory);  // lengths, then the role
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int q = lane % 4, H = call.hidden_size;
+    const bool waits = call.layers > 1;
+
+    // Blocks that others wait for have begun before them, whatever order the device starts blocks in.
+    if (waits) {
+        if (thread == 0) words[32] = fetch_add(call.progress, 1);
+        block_sync();
+    }
+    const int role = waits ? words[32] : static_cast<int>(blockIdx.x);
+    const int stage = role / plan.tiles, tile_number = role % plan.tiles;
+    const int layer = stage / call.directions, direction = stage % call.directions;
+    const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
+    const StageWeights& weights = call.stages[stage];
+    const int rows = plan.passes * 8;
+    const Tile tile = {call.steps, tile_number * rows, rows, words};
+    const int steps = tile.longest();
+    const auto time_of = [&](int step) { return backwards ? steps - 1 - step : step; };
+
+    const bool fused = call.sums == nullptr;
+    const int columns = fused ? (layer == 0 ? call.input_size : call.directions * H) : 0;
+    const int h_blocks = (H + 31) / 32, blocks = h_blocks + (columns + 31) / 32;
+    const int width = call.directions * H;
+    const std::int64_t between = call.steps.tokens * width;
+    const T* const x =
+        static_cast<const T*>(layer == 0 ? call.x : call.outputs) + (layer > 1 ? (layer - 1) * between : 0);
+    T* const y = static_cast<T*>(layer == call.layers - 1 ? call.y : call.outputs) +
+                 (layer == call.layers - 1 ? 0 : layer * between) + direction * H;
+    const T* const sums_in = fused ? nullptr : static_cast<const T*>(call.sums) + stage * call.steps.tokens * 4 * H;
+    T* const gates = call.gates ? static_cast<T*>(call.gates) + stage * call.steps.tokens * 4 * H : nullptr;
+    T* const cells_out = call.cells ? static_cast<T*>(call.cells) + stage * call.steps.tokens * H : nullptr;
+    const std::int64_t state = static_cast<std::int64_t>(stage) * call.steps.batch * H;
+    const bool zeros_past = call.steps.lengths != nullptr;
+
+    float4* const biases = reinterpret_cast<float4*>(memory + plan.bias_at);
+    float* const cells = reinterpret_cast<float*>(memory + plan.cells_at);
+    unsigned char* const h_buffers = memory + plan.h_at;
+    unsigned char* const x_buffers = memory + plan.x_at;
+    const int h_bytes = rows * plan.h_stride, x_bytes = rows * plan.x_stride;
+    const auto h_place = [&](int buffer, int row, int unit) {
+        return reinterpret_cast<T*>(h_buffers + buffer * h_bytes + row * plan.h_stride + chunk_of(unit / 8, row) * 16) +
+               unit % 8;
+    };
+
+    clear(h_buffers, plan.fragments_at - plan.h_at);
+    for (int unit = thread; unit < plan.groups * 8; unit += static_cast<int>(blockDim.x)) {
+        float bias[4] = {};
+        for (int gate = 0; gate < 4 && unit < H; ++gate)
+            for (const WeightView* view : {&weights.bias_ih, &weights.bias_hh})
+                if (view->data)
+                    bias[gate] += to_float(static_cast<const T*>(
+                        view->data)[gate * view->gate + unit / 16 * view->panel + unit % 16 * view->unit]);
+        biases[unit] = make_float4(bias[0], bias[1], bias[2], bias[3]);
+    }
+
+    Fragments kept[L::kept > 0 ? L::kept : 1];
+    unsigned char* slots[L::units];
+    int mine = 0;  // groups of this warp
+#pragma unroll
+    for (int j = 0; j < L::units; ++j) {
+        const int group = warp + j * plan.warps;
+        if (group < plan.groups) mine = j + 1;
+        const int rest = max(blocks - L::kept_of(j), 0);
+        slots[j] = memory + plan.fragments_at +
+                   (L::slots_before(j, plan.groups, plan.warps, blocks) + warp * rest - L::kept_of(j)) * slot_bytes;
+        const auto load = [&](Fragments& to, int block) {
+            const bool of_h = block < h_blocks;
+            load_fragments<T>(to, of_h ? weights.weight_hh : weights.weight_ih, group, H,
+                              of_h ? block : block - h_blocks, of_h ? H : columns, lane);
+        };
+#pragma unroll
+        for (int block = 0; block < L::kept_of(j); ++block)
+            if (block < blocks && group < plan.groups) load(kept[L::first_of(j) + block], block);
+        for (int block = L::kept_of(j); block < blocks && group < plan.groups; ++block) {
+            Fragments found;
+            load(found, block);
+            write_fragments(found, slots[j] + block * slot_bytes, lane);
+        }
+    }
+    block_sync();  // the values of h are clear
+
+    const auto cell_place = [&](int pass, int group) { return cells + ((pass * plan.groups + group) * 32 + lane) * 2; };
+    for (int pass = 0; pass < plan.passes; ++pass)
+        for (int group = warp; group < plan.groups; group += plan.warps)
+            for (int e = 0; e < 2; ++e) {
+                const int unit = group * 8 + lane / 4, row = pass * 8 + 2 * q + e, n = tile.first + row;
+                float c = 0.0f;
+                if (unit < H && n < call.steps.batch) {
+                    const std::int64_t place = state + static_cast<std::int64_t>(n) * H + unit;
+                    const int length = tile.lengths[row];
+                    T h_first = static_cast<const T*>(call.h)[place], c_first = static_cast<const T*>(call.c)[place];
+                    if (length == 0) {
+                        static_cast<T*>(call.h_n)[place] = h_first;
+                        static_cast<T*>(call.c_n)[place] = c_first;
+                    } else if (!backwards && call.steps.reset && tile.reset(0, row)) {
+                        h_first = at_or_zero<T>(call.initial_h, stage * H + unit);
+                        c_first = at_or_zero<T>(call.initial_c, stage * H + unit);
+                    }
+                    *h_place(0, row, unit) = h_first;
+                    c = to_float(c_first);
+                }
+                cell_place(pass, group)[e] = c;
+            }
+
+    // Input steps: of step s in buffer s % 3, as the step before reads its first part ahead of the barrier.
+    const bool paired = columns % 2 == 0 && reinterpret_cast<std::uintptr_t>(x) % 4 == 0;
+    const int entries = paired ? columns / 2 : columns;  // words, or single values
+    const auto find_x = [&](int row, int entry, int step, int token) -> std::uint32_t {
+        if (entry >= entries || row >= rows || time_of(step) >= tile.lengths[row]) return 0;
+        const T* from = x + static_cast<std::int64_t>(token + tile.first + row) * columns;
+        return paired ? read<std::uint32_t>(from + 2 * entry) : read<std::uint16_t>(from + entry);
+    };
+    const auto put_x = [&](int row, int entry, int step, std::uint32_t word) {
+        if (entry >= entries || row >= rows) return;
+        const int at = paired ? entry * 4 : entry * 2;
+        unsigned char* to =
+            x_buffers + step % 3 * x_bytes + row * plan.x_stride + chunk_of(at / 16, row) * 16 + at % 16;
+        if (paired)
+            write(to, word);
+        else
+            write(to, static_cast<std::uint16_t>(word));
+    };
+    // A warp's rows are `warps` apart, its lanes take every 32nd entry of a row; the n-th of a thread:
+    const auto next_entry = [&](int& row, int& entry) {
+        entry += 32;
+        if (entry - lane >= entries) {
+            entry = lane;
+            row += plan.warps;
+        }
+    };
+    const auto copy_x = [&](int step, int skip) {
+        const int token = tile.token(time_of(step));
+        int row = warp, entry = lane;
+        for (int at = 0; row < rows; ++at, next_entry(row, entry))
+            if (at >= skip) put_x(row, entry, step, find_x(row, entry, step, token));
+    };
+    std::uint32_t coming[ahead_words];
+    const auto load_x = [&](int step, int token) {
+        int row = warp, entry = lane;
+#pragma unroll
+        for (int at = 0; at < ahead_words; ++at, next_entry(row, entry)) coming[at] = find_x(row, entry, step, token);
+    };
+    const auto store_x = [&](int step) {
+        int row = warp, entry = lane;
+#pragma unroll
+        for (int at = 0; at < ahead_words; ++at, next_entry(row, entry)) put_x(row, entry, step, coming[at]);
+    };
+    const bool beyond = (rows + plan.warps - 1) / plan.warps * ((entries + 31) / 32) > ahead_words;
+
+    // One thread waits until the layer before has done what input step `step` reads; a block barrier comes before it
+    // is read.
+    int* const flags = call.progress + 1;
+    int seen[2] = {0, 0};
+    const auto wait = [&](int step) {
+        if (layer == 0 || thread != 0 || step >= steps) return;
+        for (int side = 0; side < call.directions; ++side) {
+            const bool side_backwards = call.directions == 2 ? side == 1 : call.reverse;
+            const int need = side_backwards ? steps - time_of(step) : time_of(step) + 1;
+            const int* flag = flags + ((layer - 1) * call.directions + side) * plan.tiles + tile_number;
+            int value = side == 0 ? seen[0] : seen[1];
+            while (value < need) {
+                value = load_acquire(flag);
+                if (value < need) pause();
+            }
+            seen[side == 0 ? 0 : 1] = value;
+        }
+    };
+    const bool tells = layer + 1 < call.layers;
+    int* const flag = flags + stage * plan.tiles + tile_number;
+
+    int token_now = 0, token_next = 0, token_x = 0;
+    if (steps > 0) token_now = tile.token(time_of(0));
+    if (steps > 1) token_next = tile.token(time_of(1));
+    if (fused) {
+        for (int step = 0; step < 3; ++step) wait(step);
+        wait(min(3, steps - 1));
+        block_sync();
+        for (int step = 0; step < 2 && step < steps; ++step) copy_x(step, 0);
+        if (steps > 2) load_x(2, tile.token(time_of(2)));
+        if (steps > 3) token_x = tile.token(time_of(3));
+    }
+    block_sync();
+
+    const int values_at = values_place(lane, plan.h_stride), x_values_at = values_place(lane, plan.x_stride);
+    float sums[2][2][4];
+    T incoming[2][4];
+    const auto multiply = [&](auto unit, int first, int last, const unsigned char* values) {
+        constexpr int j = decltype(unit)::value;
+        constexpr int here = L::kept_of(j);
+        uint4 part[here > 0 ? here : 1];
+#pragma unroll
+        for (int block = 0; block < here; ++block)
+            if (block >= first && block < last) part[block] = read<uint4>(values + (block - first) * block_bytes);
+#pragma unroll
+        for (int block = 0; block < here; ++block)
+            if (block >= first && block < last) multiply_block<T>(sums, kept[L::first_of(j) + block], part[block]);
+#pragma unroll 2
+        for (int block = max(here, first); block < last; ++block) {
+            Fragments found;
+            read_fragments(found, slots[j] + block * slot_bytes, lane);
+            multiply_block<T>(sums, found, read<uint4>(values + (block - first) * block_bytes));
+        }
+    };
+    const auto load_sums = [&](int step, int token, int pass, int group) {
+        const int unit = group * 8 + lane / 4;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = pass * 8 + 2 * q + e;
+            const bool there = step < steps && unit < H && time_of(step) < tile.lengths[row];
+            const T* from = sums_in + static_cast<std::int64_t>(token + tile.first + row) * 4 * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; ++gate) incoming[e][gate] = there ? from[gate * H] : from_float<T>(0.0f);
+        }
+    };
+    // What of a group's sums does not hang on the step before.
+    const auto prepare = [&](auto unit, int step, int pass) {
+        constexpr int j = decltype(unit)::value;
+        const float4 bias = biases[(warp + j * plan.warps) * 8 + lane / 4];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            sums[0][0][e] = bias.x;
+            sums[0][0][2 + e] = bias.y;
+            sums[0][1][e] = bias.z;
+            sums[0][1][2 + e] = bias.w;
+#pragma unroll
+            for (int tile_at = 0; tile_at < 2; ++tile_at) sums[1][tile_at][e] = sums[1][tile_at][2 + e] = 0.0f;
+        }
+        if (fused) {
+            if (L::units <= 2 && blocks > h_blocks)
+                multiply(unit, h_blocks, blocks,
+                         x_buffers + step % 3 * x_bytes + pass * 8 * plan.x_stride + x_values_at);
+            return;
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+            for (int gate = 0; gate < 4; ++gate) sums[0][gate / 2][gate % 2 * 2 + e] += to_float(incoming[e][gate]);
+        // Those of what comes behind are on their way meanwhile.
+        const int after = j + 1 < mine ? pass : pass + 1;
+        const bool same = after < plan.passes;
+        load_sums(same ? step : step + 1, same ? token_now : token_next, same ? after : 0,
+                  warp + (j + 1 < mine ? (j + 1) * plan.warps : 0));
+    };
+    const auto finish = [&](auto unit, int step, int pass) {
+        constexpr int j = decltype(unit)::value;
+        const int group = warp + j * plan.warps, u = group * 8 + lane / 4, t = time_of(step);
+        int length[2];
+        bool fresh[2] = {false, false};  // put to the initial state before the next step
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = pass * 8 + 2 * q + e;
+            length[e] = tile.lengths[row];
+            const int flagged = backwards ? t : t + 1;
+            if (call.steps.reset && flagged > 0 && flagged < length[e]) fresh[e] = tile.reset(flagged, row);
+        }
+        multiply(unit, 0, h_blocks, h_buffers + (step & 1) * h_bytes + pass * 8 * plan.h_stride + values_at);
+        // Late in a step, when what the step before wrote has long arrived: the release waits for it.
+        if (j == 0 && tells && thread == 0 && pass == 0 && step % 2 == 1) store_release(flag, step);
+        const float2 c_pair = read<float2>(cell_place(pass, group));
+        float c_of[2] = {c_pair.x, c_pair.y};
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = pass * 8 + 2 * q + e, n = tile.first + row;
+            float a[4], h;
+#pragma unroll
+            for (int gate = 0; gate < 4; ++gate)
+                a[gate] = sums[0][gate / 2][gate % 2 * 2 + e] + sums[1][gate / 2][gate % 2 * 2 + e];
+            float c = c_of[e];
+            update(a, c, h, T());
+            if (u >= H) continue;
+            T h_next = from_float<T>(h);
+            const std::int64_t token = token_now + n;
+            if (t < length[e]) {
+                y[token * width + u] = h_next;
+                if (gates) {
+#pragma unroll
+                    for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = from_float<T>(a[gate]);
+                    cells_out[token * H + u] = from_float<T>(c);
+                }
+                if (t == (backwards ? 0 : length[e] - 1)) {
+                    const std::int64_t place = state + static_cast<std::int64_t>(n) * H + u;
+                    static_cast<T*>(call.h_n)[place] = h_next;
+                    static_cast<T*>(call.c_n)[place] = from_float<T>(c);
+                }
+                if (fresh[e]) {
+                    h_next = at_or_zero<T>(call.initial_h, stage * H + u);
+                    c = to_float(at_or_zero<T>(call.initial_c, stage * H + u));
+                }
+                c_of[e] = c;
+            } else {
+                h_next = *h_place(step & 1, row, u);
+                if (zeros_past && n < call.steps.batch) {
+                    const T zero = from_float<T>(0.0f);
+                    y[token * width + u] = zero;
+                    if (gates) {
+                        for (int gate = 0; gate < 4; ++gate) gates[(token * 4 + gate) * H + u] = zero;
+                        cells_out[token * H + u] = zero;
+                    }
+                }
+            }
+            *h_place((step + 1) & 1, row, u) = h_next;
+        }
+        write(cell_place(pass, group), make_float2(c_of[0], c_of[1]));
+    };
+
+    if (steps > 0) {
+        if (!fused) load_sums(0, token_now, 0, warp);
+        prepare(Number<0>(), 0, 0);
+    }
+    for (int step = 0; step < steps; ++step) {
+        block_sync();
+        const int token_later = step + 2 < steps ? tile.token(time_of(step + 2)) : 0;
+        if (fused) {
+            if (step + 2 < steps) {
+                store_x(step + 2);
+                if (beyond) copy_x(step + 2, ahead_words);
+            }
+            if (step + 3 < steps) load_x(step + 3, token_x);
+            if (step + 4 < steps) token_x = tile.token(time_of(step + 4));
+        }
+        for (int pass = 0; pass < plan.passes; ++pass)
+            each<L::units>([&](auto unit) {
+                constexpr int j = decltype(unit)::value;
+                if (j >= mine) return;
+                if (j > 0 || pass > 0) prepare(unit, step, pass);
+                finish(unit, step, pass);
+            });
+        token_now = token_next;
+        token_next = token_later;
+        wait(step + 4);
+        if (step + 1 < steps) prepare(Number<0>(), step + 1, 0);
+    }
+    block_sync();
+    if (tells && thread == 0) store_release(flag, steps);
+
+    if (zeros_past) {
+        clear_past(y, tile, steps, H, width);
+        clear_past(gates, tile, steps, 4 * H, 4 * H);
+        clear_past(cells_out, tile, steps, H, H);
+    }
+}
+
+template <class L>
+const char* start_forward(const ForwardPlan& plan) {
+    const dim3 grid(static_cast<unsigned>(plan.tiles * plan.call.layers * plan.call.directions));
+    return launch(forward_kernel<L>, grid, dim3(static_cast<unsigned>(plan.warps * 32)),
+                  static_cast<std::size_t>(plan.shared), plan.call.stream, plan);
+}
+
+template <class T>
+using SmallForward = Layout<T, 1, 0, 4, 16>;
+template <class T>
+using MiddleForward = Layout<T, 2, 3, 3, 12>;
+template <class T>
+using LargeForward = Layout<T, 4, 4, 0, 8>;
+
+/// Dynamic shared memory of a block at most, of the current device.
+int shared_limit() {
+#if defined(CELLSTEP_EMULATED)
+    return 227 * 1024;
+#else
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+        return 0;
+    return bytes;
+#endif
+}
+
+bool is_half(DataType type) { return type == DataType::float16 || type == DataType::bfloat16; }
+
+/// Passes of 8 rows a block: as few as let all blocks be on the chip at once.
+int passes_for(int batch, int stages, int multiprocessors) {
+    int passes = 1;
+    while (passes < most_passes && (batch + 8 * passes - 1) / (8 * passes) * stages > multiprocessors) ++passes;
+    return passes;
+}
+
+bool make_plan(const Forward& call, ForwardPlan* plan) {
+    const int H = call.hidden_size, stages = call.layers * call.directions;
+    if (!is_half(call.type) || H < 1 || H > 256 || stages < 1 || stages > max_stages ||
+        call.steps.tokens > 0x7fffffff || (call.sums && call.layers != 1))
+        return false;
+    plan->call = call;
+    plan->groups = (H + 7) / 8;
+    if (plan->groups > 24 && !call.sums) return false;  // LargeForward has no sums that outlive a barrier
+    plan->warps = plan->groups <= 16 ? plan->groups : plan->groups <= 24 ? (plan->groups + 1) / 2 : 8;
+    const int h_blocks = (H + 31) / 32;
+    int x_blocks = call.sums ? 0 : (call.input_size + 31) / 32;
+    if (call.layers > 1 && (call.directions * H + 31) / 32 > x_blocks) x_blocks = (call.directions * H + 31) / 32;
+    const auto slots = [&](auto layout) {
+        return decltype(layout)::slots_before(decltype(layout)::units, plan->groups, plan->warps, h_blocks + x_blocks);
+    };
+    const int kept_apart = plan->groups <= 16   ? slots(SmallForward<__half>())
+                           : plan->groups <= 24 ? slots(MiddleForward<__half>())
+                                                : slots(LargeForward<__half>());
+    plan->h_stride = row_bytes(h_blocks);
+    plan->x_stride = x_blocks ? row_bytes(x_blocks) : 0;
+    plan->bias_at = 256;
+    plan->cells_at = plan->bias_at + plan->groups * 8 * 16;
+    for (plan->passes = passes_for(call.steps.batch, stages, call.multiprocessors); plan->passes > 0; --plan->passes) {
+        const int rows = plan->passes * 8;
+        plan->h_at = plan->cells_at + rows * plan->groups * 8 * 4;
+        plan->x_at = plan->h_at + 2 * rows * plan->h_stride;
+        plan->fragments_at = plan->x_at + 3 * rows * plan->x_stride;
+        plan->shared = plan->fragments_at + kept_apart * slot_bytes;
+        plan->tiles = (call.steps.batch + rows - 1) / rows;
+        if (plan->shared <= shared_limit()) return true;
+    }
+    return false;
+}
+
+/// -----------------------------------------------------------------------------------------------------------------
+/// Backward. dh (units, rows) = weight_hh^T dgates: a unit of work is a tile of 16 units of which a lane has two, for
+/// two rows of the batch. k is 4 u + gate, so that the lane which finds the four gradients of a unit writes 8 bytes.
+/// Fragments here are of one tile and 64 values of k: [k-block][product][word].
+
+struct BackwardPlan {
+    Backward call;
+    int unit_tiles;  // of 16; as many pairs of k-blocks
+    int warps;
+    int passes;
+    int tiles;  // of rows
+    int stride;
+    int carried_at;
+    int values_at;
+    int fragments_at;
+    int shared;
+};
+
+template <class T>
+__device__ inline void multiply_pair(float (&sums)[2][2][4], const Fragments& weights, const uint4& low,
+                                     const uint4& high) {
+    const std::uint32_t values[2][2][2] = {{{low.x, low.y}, {low.z, low.w}}, {{high.x, high.y}, {high.z, high.w}}};
+#pragma unroll
+    for (int product = 0; product < 2; ++product)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            multiply_add(sums[product][half], weights[half][product], values[half][product], T());
+}
+
+template <class T>
+__device__ inline void load_transposed(Fragments& weights, const WeightView& view, int tile, int pair, int units,
+                                       int lane) {
+    const T* const data = static_cast<const T*>(view.data);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int product = 0; product < 2; ++product)
+#pragma unroll
+            for (int word = 0; word < 4; ++word) {
+                const int column = tile * 16 + lane / 4 + word % 2 * 8;
+                const int unit = pair * 16 + half * 8 + lane % 4 * 2 + product, gate = word / 2 * 2;
+                std::uint32_t found = 0;
+                if (column < units && unit < units) {
+                    const T* from =
+                        data + gate * view.gate + unit / 16 * view.panel + unit % 16 * view.unit + column * view.column;
+                    found = pair_of(from[0], from[view.gate]);
+                }
+                weights[half][product][word] = found;
+            }
+}
+
+__device__ inline float tanh_for(float x, __half) { return tanh_of(x); }
+__device__ inline float tanh_for(float x, __nv_bfloat16) { return tanh_approx(x); }
+
+template <class L>
+__global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_constant__ BackwardPlan plan) {
+    using T = typename L::Type;
+    const Backward& call = plan.call;
+    unsigned char* const memory = shared_memory();
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int q = lane % 4, H = call.hidden_size;
+    const int direction = static_cast<int>(blockIdx.x) / plan.tiles;
+    const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
+    const int rows = plan.passes * 8;
+    const Tile tile = {call.steps, static_cast<int>(blockIdx.x) % plan.tiles * rows, rows,
+                       reinterpret_cast<int*>(memory)};
+    const int steps = tile.longest();
+    const auto time_of = [&](int step) { return backwards ? step : steps - 1 - step; };
+    const auto token_of = [&](int step) { return step < steps ? tile.token(time_of(step)) : 0; };
+    const std::int64_t state = static_cast<std::int64_t>(direction) * call.steps.batch * H;
+    const std::int64_t part = direction * call.steps.tokens * H;
+    const T* const gates = static_cast<const T*>(call.gates) + 4 * part;
+    const T* const cells = static_cast<const T*>(call.cells) + part;
+    const T* const c_first = static_cast<const T*>(call.c) + state;
+    const T* const grad_outputs =
+        call.grad_outputs ? static_cast<const T*>(call.grad_outputs) + direction * H : nullptr;
+    const T* const grad_cells = call.grad_cells ? static_cast<const T*>(call.grad_cells) + part : nullptr;
+    T* const grad_sums = static_cast<T*>(call.grad_sums) + 4 * part;
+    const int width = call.directions * H;
+    const bool zeros_past = call.steps.lengths != nullptr;
+
+    unsigned char* const buffers = memory + plan.values_at;
+    const int buffer_bytes = rows * plan.stride;
+    clear(buffers, 2 * buffer_bytes);
+
+    const int pairs = plan.unit_tiles;
+    Fragments kept[L::kept];
+    unsigned char* slots[L::units];
+    int mine = 0;  // tiles of this warp
+#pragma unroll
+    for (int j = 0; j < L::units; ++j) {
+        const int at = warp + j * plan.warps;
+        if (at < plan.unit_tiles) mine = j + 1;
+        const int rest = max(pairs - L::kept_of(j), 0);
+        slots[j] = memory + plan.fragments_at +
+                   (L::slots_before(j, plan.unit_tiles, plan.warps, pairs) + warp * rest - L::kept_of(j)) * slot_bytes;
+#pragma unroll
+        for (int pair = 0; pair < L::kept_of(j); ++pair)
+            if (pair < pairs && at < plan.unit_tiles)
+                load_transposed<T>(kept[L::first_of(j) + pair], call.weight_hh[direction], at, pair, H, lane);
+        for (int pair = L::kept_of(j); pair < pairs && at < plan.unit_tiles; ++pair) {
+            Fragments found;
+            load_transposed<T>(found, call.weight_hh[direction], at, pair, H, lane);
+            write_fragments(found, slots[j] + pair * slot_bytes, lane);
+        }
+    }
+
+    // The gradient of the cells on its way from step to step: [half of the tile][row].
+    const auto carried = [&](int pass, int at) {
+        return memory + plan.carried_at + ((pass * plan.unit_tiles + at) * 32 + lane) * 16;
+    };
+    for (int pass = 0; pass < plan.passes; ++pass)
+        for (int at = warp; at < plan.unit_tiles; at += plan.warps) {
+            write(carried(pass, at), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+            for (int place = 0; place < 4; ++place) {
+                const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
+                const int n = tile.first + row;
+                if (unit >= H || n >= call.steps.batch || tile.lengths[row] > 0) continue;
+                const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
+                static_cast<T*>(call.grad_h)[where] = at_or_zero<T>(call.grad_h_n, where);
+                static_cast<T*>(call.grad_c)[where] = at_or_zero<T>(call.grad_c_n, where);
+            }
+        }
+
+    // What a tile reads of a step, on its way while the products before it run.
+    T gate_of[4][4], cell[4], cell_before[4], grad_y[4], grad_cell[4];
+    const auto load = [&](int step, int token, int token_next, int pass, int at) {
+        const int t = time_of(step);
+#pragma unroll
+        for (int place = 0; place < 4; ++place) {
+            const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
+            const int n = tile.first + row, length = tile.lengths[row];
+            const T zero = from_float<T>(0.0f);
+            const bool there = step < steps && unit < H && t < length;
+            const std::int64_t place_now = static_cast<std::int64_t>(token + n) * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; ++gate)
+                gate_of[place][gate] = there ? gates[place_now * 4 - 3 * unit + gate * H] : zero;
+            cell[place] = there ? cells[place_now] : zero;
+            const bool first = backwards ? t + 1 == length : t == 0;  // of the forward pass
+            const T* before = first ? c_first + static_cast<std::int64_t>(n) * H + unit
+                                    : cells + static_cast<std::int64_t>(token_next + n) * H + unit;
+            cell_before[place] = there ? *before : zero;
+            grad_y[place] =
+                there && grad_outputs ? grad_outputs[static_cast<std::int64_t>(token + n) * width + unit] : zero;
+            grad_cell[place] = there && grad_cells ? grad_cells[place_now] : zero;
+        }
+    };
+
+    const int values_at = values_place(lane, plan.stride);
+    const auto work = [&](auto number, int step, int token, int pass) {
+        constexpr int j = decltype(number)::value;
+        constexpr int here = L::kept_of(j);
+        const int at = warp + j * plan.warps, t = time_of(step);
+        bool cut[2] = {false, false};    // from the step that the sweep has just left
+        bool fresh[2] = {false, false};  // the step began from the initial state
+        int length[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = pass * 8 + 2 * q + e;
+            length[e] = tile.lengths[row];
+            if (!call.steps.reset) continue;
+            const int behind = backwards ? t : t + 1, before = backwards ? t + 1 : t;
+            if (behind < length[e] && (!backwards || behind > 0)) cut[e] = tile.reset(behind, row);
+            if (before >= 0 && before < length[e]) fresh[e] = tile.reset(before, row);
+        }
+        float sums[2][2][4] = {};
+        if (step > 0) {
+            const unsigned char* const values =
+                buffers + ((step - 1) & 1) * buffer_bytes + pass * 8 * plan.stride + values_at;
+#pragma unroll
+            for (int pair = 0; pair < here; ++pair)
+                if (pair < pairs)
+                    multiply_pair<T>(sums, kept[L::first_of(j) + pair], read<uint4>(values + pair * 2 * block_bytes),
+                                     read<uint4>(values + pair * 2 * block_bytes + block_bytes));
+#pragma unroll 2
+            for (int pair = here; pair < pairs; ++pair) {
+                Fragments found;
+                read_fragments(found, slots[j] + pair * slot_bytes, lane);
+                multiply_pair<T>(sums, found, read<uint4>(values + pair * 2 * block_bytes),
+                                 read<uint4>(values + pair * 2 * block_bytes + block_bytes));
+            }
+        }
+        const float4 dc_quad = read<float4>(carried(pass, at));
+        float dc_of[4] = {dc_quad.x, dc_quad.y, dc_quad.z, dc_quad.w};
+#pragma unroll
+        for (int place = 0; place < 4; ++place) {
+            const int e = place % 2, unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + e;
+            const int n = tile.first + row;
+            if (unit >= H || n >= call.steps.batch) continue;
+            const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
+            float dh = (sums[0][0][place] + sums[0][1][place]) + (sums[1][0][place] + sums[1][1][place]);
+            float dc = dc_of[place];
+            if (cut[e]) dh = dc = 0.0f;
+            if (length[e] > 0 && (backwards ? t == length[e] : step == steps)) {
+                static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
+                static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
+            }
+            if (step == steps) continue;
+            T results[4];
+            if (t < length[e]) {
+                if (backwards ? t == 0 : t == length[e] - 1) {
+                    dh = to_float(at_or_zero<T>(call.grad_h_n, where));
+                    dc = to_float(at_or_zero<T>(call.grad_c_n, where));
+                }
+                const float i = to_float(gate_of[place][0]), f = to_float(gate_of[place][1]);
+                const float g = to_float(gate_of[place][2]), o = to_float(gate_of[place][3]);
+                const float before = fresh[e] ? to_float(at_or_zero<T>(call.initial_c, direction * H + unit))
+                                              : to_float(cell_before[place]);
+                const float tanh_c = tanh_for(to_float(cell[place]), T());
+                dh += to_float(grad_y[place]);
+                dc += dh * o * (1.0f - tanh_c * tanh_c) + to_float(grad_cell[place]);
+                results[0] = from_float<T>(dc * g * i * (1.0f - i));
+                results[1] = from_float<T>(dc * before * f * (1.0f - f));
+                results[2] = from_float<T>(dc * i * (1.0f - g * g));
+                results[3] = from_float<T>(dh * tanh_c * o * (1.0f - o));
+                dc_of[place] = dc * f;
+            } else {
+#pragma unroll
+                for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
+            }
+            if (t < length[e] || zeros_past) {
+                T* const to = grad_sums + static_cast<std::int64_t>(token + n) * 4 * H + unit;
+#pragma unroll
+                for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
+            }
+            write(buffers + (step & 1) * buffer_bytes + row * plan.stride + chunk_of(unit / 2, row) * 16 + unit % 2 * 8,
+                  make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
+        }
+        write(carried(pass, at), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
+    };
+
+    int token_now = token_of(0), token_next = token_of(1), token_later = token_of(2);
+    load(0, token_now, token_next, 0, warp);
+    for (int step = 0; step <= steps; ++step) {
+        block_sync();
+        const int token_last = token_of(step + 3);
+        for (int pass = 0; pass < plan.passes; ++pass)
+            each<L::units>([&](auto number) {
+                constexpr int j = decltype(number)::value;
+                if (j >= mine) return;
+                work(number, step, token_now, pass);
+                const bool more = j + 1 < mine, same = more || pass + 1 < plan.passes;
+                load(same ? step : step + 1, same ? token_now : token_next, same ? token_next : token_later,
+                     more   ? pass
+                     : same ? pass + 1
+                            : 0,
+                     warp + (more ? (j + 1) * plan.warps : 0));
+            });
+        token_now = token_next;
+        token_next = token_later;
+        token_later = token_last;
+    }
+    if (zeros_past) clear_past(grad_sums, tile, steps, 4 * H, 4 * H);
+}
+
+template <class L>
+const char* start_backward(const BackwardPlan& plan) {
+    return launch(backward_kernel<L>, dim3(static_cast<unsigned>(plan.tiles * plan.call.directions)),
+                  dim3(static_cast<unsigned>(plan.warps * 32)), static_cast<std::size_t>(plan.shared), plan.call.stream,
+                  plan);
+}
+
+template <class T>
+using SmallBackward = Layout<T, 1, 0, 8, 8>;
+template <class T>
+using MiddleBackward = Layout<T, 1, 0, 5, 12>;
+template <class T>
+using LargeBackward = Layout<T, 2, 11, 0, 7>;
+
+bool make_plan(const Backward& call, BackwardPlan* plan) {
+    const int H = call.hidden_size;
+    if (!is_half(call.type) || H < 1 || H > 224 || call.directions < 1 || call.directions > 2 ||
+        call.steps.tokens > 0x7fffffff)
+        return false;
+    plan->call = call;
+    plan->unit_tiles = (H + 15) / 16;
+    plan->warps = plan->unit_tiles <= 12 ? plan->unit_tiles : 7;
+    const auto slots = [&](auto layout) {
+        return decltype(layout)::slots_before(decltype(layout)::units, plan->unit_tiles, plan->warps, plan->unit_tiles);
+    };
+    const int kept_apart = plan->unit_tiles <= 8    ? slots(SmallBackward<__half>())
+                           : plan->unit_tiles <= 12 ? slots(MiddleBackward<__half>())
+                                                    : slots(LargeBackward<__half>());
+    plan->stride = row_bytes(2 * plan->unit_tiles);
+    plan->carried_at = 256;
+    for (plan->passes = passes_for(call.steps.batch, call.directions, call.multiprocessors); plan->passes > 0;
+         --plan->passes) {
+        const int rows = plan->passes * 8;
+        plan->values_at = plan->carried_at + rows * plan->unit_tiles * 16 * 4;
+        plan->fragments_at = plan->values_at + 2 * rows * plan->stride;
+        plan->shared = plan->fragments_at + kept_apart * slot_bytes;
+        plan->tiles = (call.steps.batch + rows - 1) / rows;
+        if (plan->shared <= shared_limit()) return true;
+    }
+    return false;
+}
+
+template <class T>
+const char* start(const ForwardPlan& plan) {
+    return plan.groups <= 16   ? start_forward<SmallForward<T>>(plan)
+           : plan.groups <= 24 ? start_forward<MiddleForward<T>>(plan)
+                               : start_forward<LargeForward<T>>(plan);
+}
+
+template <class T>
+const char* start(const BackwardPlan& plan) {
+    return plan.unit_tiles <= 8    ? start_backward<SmallBackward<T>>(plan)
+           : plan.unit_tiles <= 12 ? start_backward<MiddleBackward<T>>(plan)
+                                   : start_backward<LargeBackward<T>>(plan);
+}
+
+template <class Plan, class Call>
+const char* plan_and_start(const Call& call) {
+    Plan plan;
+    if (!make_plan(call, &plan)) return "this kernel cannot do the call";
+    if (call.steps.batch == 0) return nullptr;
+    return call.type == DataType::float16 ? start<__half>(plan) : start<__nv_bfloat16>(plan);
+}
+
+}  // namespace
+
+bool tensor_fits(const Forward& call) {
+    ForwardPlan plan;
+    return make_plan(call, &plan);
+}
+
+std::size_t tensor_progress_words(const Forward& call) {
+    ForwardPlan plan;
+    if (call.layers == 1 || !make_plan(call, &plan)) return 0;
+    return 1 + static_cast<std::size_t>(plan.tiles) * static_cast<std::size_t>(call.layers * call.directions);
+}
+
+const char* tensor_forward(const Forward& call) { return plan_and_start<ForwardPlan>(call); }
+
+bool tensor_fits(const Backward& call) {
+    BackwardPlan plan;
+    return make_plan(call, &plan);
+}
+
+const char* tensor_backward(const Backward& call) { return plan_and_start<BackwardPlan>(call); }
+
+}  // namespace cuda
+}  // namespace cellstep
