@@ -175,8 +175,6 @@ void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_
     }
 }
 
-inline std::size_t shared_limit() { return 227 * 1024; }
-
 template <class Argument>
 const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t shared, void*,
                    const Argument& argument) {

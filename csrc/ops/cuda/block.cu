@@ -56,7 +56,7 @@ __device__ inline float gate_activation(float x, bool is_tanh) {
 }
 
 /// Columns a lane has of `columns`, in whole chunks; at least the `held` ones that registers are there for.
-constexpr int slots_of(int columns, int lanes, int rows, int held) {
+__host__ __device__ constexpr int slots_of(int columns, int lanes, int rows, int held) {
     const int chunk = 4 / rows, slots = ((columns + lanes - 1) / lanes + chunk - 1) / chunk * chunk;
     return slots > held ? slots : held;
 }
