@@ -195,9 +195,6 @@ __device__ inline void clear_past_lengths(void* data, DataType type, const Sweep
 __device__ inline void* behind(void* data, DataType type, std::int64_t values) {
     return data ? static_cast<unsigned char*>(data) + values * (type == DataType::float32 ? 4 : 2) : nullptr;
 }
-__device__ inline const void* behind(const void* data, DataType type, std::int64_t values) {
-    return behind(const_cast<void*>(data), type, values);
-}
 
 template <class T>
 struct GateColumns {
@@ -266,7 +263,7 @@ struct ForwardTask {
 
 /// Registers for a whole block of the most threads a configuration is used with.
 __host__ __device__ constexpr int most_threads(int lanes, int held) {
-    return held > (lanes == 2 || lanes == 8 ? 40 : 32) ? 256 : 384;
+    return held > (lanes == 2 || lanes == 8 ? 40 : 24) ? 256 : 384;
 }
 
 /// Where inputs find no room beside the hidden state: the code for them, and its registers, can go.
@@ -352,12 +349,12 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
     const auto initial = [&](const void* data) {
         return data ? decode(load(data, type, static_cast<std::int64_t>(stage) * hidden + unit), type) : 0.0f;
     };
-    /// Whether the state is put to the initial one before that step.
-    const auto reset_before = [&](int step, int at) -> bool {
-        if (!call.steps.reset || step >= bound) return false;
+    /// Not 0: the state is put to the initial one before that step.
+    const auto reset_before = [&](int step, int at) -> unsigned char {
+        if (!call.steps.reset || step >= bound) return 0;
         const int t = sweep.time(step) + (sweep.falling ? 1 : 0);
-        if (sweep.time(step) >= lengths[at] || t >= lengths[at]) return false;
-        return call.steps.reset[static_cast<std::int64_t>(t) * call.steps.batch + sweep.first_row + own_row + at] != 0;
+        if (sweep.time(step) >= lengths[at] || t >= lengths[at]) return 0;
+        return call.steps.reset[static_cast<std::int64_t>(t) * call.steps.batch + sweep.first_row + own_row + at];
     };
 
     // Thread 0 sees to it that the layer before has done what a step reads.
@@ -378,8 +375,7 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
     };
 
     // Inputs of a step come by way of registers, loaded a step before they are stored.
-    int input_place[inputs_ahead], input_length[inputs_ahead];
-    std::int64_t input_offset[inputs_ahead];
+    int input_place[inputs_ahead], input_offset[inputs_ahead], input_length[inputs_ahead];
     std::uint32_t ahead[inputs_ahead];
 #pragma unroll
     for (int at = 0; at < inputs_ahead; ++at) {
@@ -388,7 +384,7 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
         const bool used = index < Rows * inputs;
         input_place[at] = used ? (hidden + k) * Rows + row : -1;
         input_length[at] = used ? sweep.length(row) : 0;
-        input_offset[at] = static_cast<std::int64_t>(sweep.first_row + row) * inputs + k;
+        input_offset[at] = (sweep.first_row + row) * inputs + k;
         ahead[at] = 0;
     }
     const auto load_inputs = [&](int step, int base) {
@@ -437,15 +433,18 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
         if (keeps_state) vectors[unit * Rows + own_row + at] = h[at];
     }
 
+    float *vector = vectors, *next = vectors + vector_size;
+    int to_publish = task.publish_every;
     for (int step = 0; step < bound; ++step) {
         const int t = sweep.time(step);
-        const float* const vector = vectors + step % 2 * vector_size;
-        float* const next = vectors + (step + 1) % 2 * vector_size;
         block_sync();
         // All of the block has written what came before the barrier; a release behind it covers that.
-        if (publishes && thread == 0 && step > 0 && step % task.publish_every == 0) store_release(flags + stage, step);
+        if (publishes && thread == 0 && step == to_publish) {
+            store_release(flags + stage, step);
+            to_publish += task.publish_every;
+        }
         const int fourth_base = sweep.base(step + 3);
-        bool reset[own_rows];
+        unsigned char reset[own_rows];
 #pragma unroll
         for (int at = 0; at < own_rows; ++at) reset[at] = reset_before(step + 1, at);
 
@@ -464,10 +463,6 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
                 float value = sums[at * own_gates + index] + bias[index];
                 if (given_sums) value += decode(given[at * own_gates + index], type);
                 gate[index] = gate_activation(value, sum == 1);
-                if (call.gates && active)
-                    store(call.gates, type,
-                          std::int64_t(stage_tokens + token) * (4 * hidden) + (gate_of(sum) * hidden + unit),
-                          gate[index]);
             }
             float product, f, o;
             if constexpr (own_gates == 4) {
@@ -500,6 +495,14 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
                         store(call.cells, type, std::int64_t(stage_tokens + token) * hidden + unit, last_cell);
                 }
             }
+            if (call.gates && active) {
+#pragma unroll
+                for (int index = 0; index < own_gates; ++index)
+                    store(call.gates, type,
+                          std::int64_t(stage_tokens + token) * (4 * hidden) +
+                              (gate_of(share * own_gates + index) * hidden + unit),
+                          gate[index]);
+            }
         }
         if (given_sums) {
             load_sums(step + 1, next_base);
@@ -510,6 +513,9 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
         base = next_base;
         next_base = third_base;
         third_base = fourth_base;
+        float* const last_vector = vector;
+        vector = next;
+        next = last_vector;
         wait_for(step + 3);
     }
     block_sync();
@@ -597,9 +603,8 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) backward(const __gr
     int next_base = sweep.base(1), third_base = sweep.base(2), base = sweep.base(0);
     fetch(0, base, next_base);
     bool was_active = false, was_reset = false;
+    float *vector = vectors, *next = vectors + vector_size;
     for (int step = 0;; ++step) {
-        const float* const vector = vectors + step % 2 * vector_size;
-        float* const next = vectors + (step + 1) % 2 * vector_size;
         block_sync();
         const int fourth_base = sweep.base(step + 3);
         float sums[4 * Rows];
@@ -646,6 +651,9 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) backward(const __gr
         base = next_base;
         next_base = third_base;
         third_base = fourth_base;
+        float* const last_vector = vector;
+        vector = next;
+        next = last_vector;
     }
     if (real && twin == 0) {
         store(call.grad_h, type, state_at, grad_h);
@@ -669,8 +677,8 @@ Plan plan(int groups, int lanes, int columns, int rows) {
     if (wide) {
         const int needed = slots_of(columns, lanes, rows, 0);
         found.held = needed <= 8 ? 8 : needed <= 16 ? 16 : needed <= 24 ? 24 : 32;
-        if (needed > 32 && threads <= most_threads(lanes, 48)) found.held = 48;
-        if (lanes == 16 && found.held > 24) found.held = 24;
+        if (needed > 32) found.held = 48;
+        if (lanes == 16 || threads > most_threads(lanes, found.held)) found.held = found.held < 24 ? found.held : 24;
     } else {
         found.held = threads <= most_threads(lanes, 48) ? 48 : 32;
         // A few more, some of which the compiler will not find registers for, where nothing less will do.
@@ -709,6 +717,7 @@ Plan plan_of(const Forward& call) {
         return {};
     int inputs = call.sums ? 0 : call.input_size;
     if (call.layers > 1 && call.directions * hidden > inputs) inputs = call.directions * hidden;
+    if (std::int64_t(call.steps.batch + 4) * inputs >= std::int64_t(1) << 31) return {};
     return choose(4, stages, call.steps.batch, call.multiprocessors, [&](int rows) {
         const Plan how = plan(hidden, hidden <= 96 ? 4 : 2, hidden + inputs, rows);
         if (needs_sums(how.lanes, how.held) && !call.sums) return Plan{};
