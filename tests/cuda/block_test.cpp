@@ -404,7 +404,7 @@ int main(int count, char** arguments) {
             c.type = types[pick(0, 3)];
             c.hidden = H;
             c.directions = pick(1, 2);
-            c.layers = round % 2 == 0 || H > 110 ? 1 : pick(1, H <= 64 ? 4 : 2);
+            c.layers = round % 2 == 1 || H > 110 ? 1 : pick(1, H <= 64 ? 4 : 2);
             c.sums = c.layers == 1 && (H > 128 || pick(0, 2) == 0);
             c.inputs = pick(1, std::min(2 * H, 64));
             if (H > 64 && c.layers > 1) {  // as much as there is room for

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-
 from test_simt import HERE, ROOT, build, run
 
 
-@pytest.mark.parametrize(("sanitizer", "cases"), [("", 252), ("address,undefined", 42), ("thread", 42)])
+@pytest.mark.parametrize(("sanitizer", "cases"), [("", 252), ("address,undefined", 21), ("thread", 8)])
 def test_block(sanitizer: str, cases: int, tmp_path: Path) -> None:
     sources = [ROOT / "csrc/ops/cuda/block.cu", HERE / "block_test.cpp"]
     answer = run(build(tmp_path, sources, sanitizer), str(cases))
