@@ -120,7 +120,7 @@ void same_bits(const Case& c, const std::vector<Array*>& answers, const Run& run
         std::fill(answer->bytes.begin(), answer->bytes.end(), 0xff);
     }
     setenv("CELLSTEP_SIMT_SEED", std::to_string(pick(1, 1000)).c_str(), 1);
-    static const char* const limits[] = {"1", "3", "8", "200"};
+    static const char* const limits[] = {"1", "3", "8", "20"};
     setenv("CELLSTEP_SIMT_BLOCKS", limits[pick(0, 3)], 1);
     run();
     for (std::size_t k = 0; k < answers.size(); ++k) {
@@ -404,7 +404,7 @@ int main(int count, char** arguments) {
             c.type = types[pick(0, 3)];
             c.hidden = H;
             c.directions = pick(1, 2);
-            c.layers = round % 2 == 0 || H > 110 ? 1 : pick(1, H <= 64 ? 4 : 2);
+            c.layers = round % 2 == 1 || H > 110 ? 1 : pick(1, H <= 64 ? 4 : 2);
             c.sums = c.layers == 1 && (H > 128 || pick(0, 2) == 0);
             c.inputs = pick(1, std::min(2 * H, 64));
             if (H > 64 && c.layers > 1) {  // as much as there is room for
