@@ -114,6 +114,11 @@ inline int load_acquire(const int* word) { return __atomic_load_n(word, __ATOMIC
 inline void store_release(int* word, int value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
 inline int fetch_add(int* word, int value) { return __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
 inline void pause() { simt::pause(); }
+inline int found_anew(int value) { return value; }
+template <class T>
+T* in_global(T* pointer) {
+    return pointer;
+}
 
 inline int cluster_rank() { return simt::here->cluster_rank; }
 inline void cluster_sync() { simt::cluster_sync(); }

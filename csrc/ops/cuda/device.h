@@ -37,6 +37,20 @@ __device__ inline T shuffle(T value, int lane) {
     return __shfl_sync(all_lanes, value, lane);
 }
 
+/// The value, which the compiler takes for a new one: what is found from it is found again in each turn of a loop,
+/// where it would otherwise stay in registers.
+__device__ inline int found_anew(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+/// A pointer that came from memory, said to be to global memory, so that its loads are not generic ones.
+template <class T>
+__device__ inline T* in_global(T* pointer) {
+    __builtin_assume(__isGlobal(pointer));
+    return pointer;
+}
+
 /// Words by which blocks of one launch tell each other how far they are.
 __device__ inline int load_acquire(const int* word) {
     int value;
