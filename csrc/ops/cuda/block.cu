@@ -759,15 +759,10 @@ const char* start_rows(const Plan& how, const Task& task) {
 
 template <int Wide, int Narrow, class Task>
 const char* start_any(const Plan& how, const Task& task) {
-<<<<<<< HEAD
-    if (how.lanes == Narrow)
-        return how.held == 48 ? start_rows<Narrow, 48>(how, task) : start_rows<Narrow, 36>(how, task);
-=======
     if (how.lanes == Narrow) {
         if (how.held == 48) return start_rows<Narrow, 48>(how, task);
         return how.held == 32 ? start_rows<Narrow, 32>(how, task) : start_rows<Narrow, 36>(how, task);
     }
->>>>>>> cuda-block
     if (how.held == 8) return start_rows<Wide, 8>(how, task);
     if (how.held == 16) return start_rows<Wide, 16>(how, task);
     if (how.held == 24) return start_rows<Wide, 24>(how, task);
