@@ -263,10 +263,25 @@ def test_no_rows(emulated, layers):
     assert found[0].shape == (3, 0, 5) and found[1].shape == found[2].shape == (layers, 0, 5)
     grads = torch.zeros_like(found[0]), None, None, None
     back = emulated.lstm_layers_backward(
-        *grads, case.x, None, None, None, case.h, case.c, case.weights, True, False, found[0], found[3], *found[4:], True
+        *grads,
+        case.x,
+        None,
+        None,
+        None,
+        case.h,
+        case.c,
+        case.weights,
+        True,
+        False,
+        found[0],
+        found[3],
+        *found[4:],
+        True,
     )
     assert back[0].shape == case.x.shape
-    assert all(grad.shape == weight.shape and not grad.any() for grad, weight in zip(back[3], case.weights, strict=True))
+    assert all(
+        grad.shape == weight.shape and not grad.any() for grad, weight in zip(back[3], case.weights, strict=True)
+    )
 
 
 def test_more_layers_than_one_launch_takes(emulated, poisoned, monkeypatch):
