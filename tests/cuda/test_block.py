@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from test_simt import HERE, ROOT, build, run
 
 
