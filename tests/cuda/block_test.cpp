@@ -120,7 +120,7 @@ void same_bits(const Case& c, const std::vector<Array*>& answers, const Run& run
         std::fill(answer->bytes.begin(), answer->bytes.end(), 0xff);
     }
     setenv("CELLSTEP_SIMT_SEED", std::to_string(pick(1, 1000)).c_str(), 1);
-    static const char* const limits[] = {"1", "3", "8", "200"};
+    static const char* const limits[] = {"1", "3", "8", "20"};
     setenv("CELLSTEP_SIMT_BLOCKS", limits[pick(0, 3)], 1);
     run();
     for (std::size_t k = 0; k < answers.size(); ++k) {

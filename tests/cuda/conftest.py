@@ -16,7 +16,10 @@ def emulated():
     cmake = str(Path(sys.executable).parent / "cmake")
     build = ROOT / "build/emulated"
     options = ["-DCMAKE_BUILD_TYPE=Release", "-DCELLSTEP_BUILD_CUDA_EMULATED=ON", "-DCELLSTEP_BUILD_TOOLS=OFF"]
-    options += [f"-DCMAKE_MAKE_PROGRAM={Path(sys.executable).parent / 'ninja'}", f"-DPython_EXECUTABLE={sys.executable}"]
+    options += [
+        f"-DCMAKE_MAKE_PROGRAM={Path(sys.executable).parent / 'ninja'}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
     if shutil.which("ccache"):
         options += ["-DCMAKE_C_COMPILER_LAUNCHER=ccache", "-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"]
     for command in (

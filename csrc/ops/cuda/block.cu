@@ -56,7 +56,7 @@ __device__ inline float gate_activation(float x, bool is_tanh) {
 }
 
 /// Columns a lane has of `columns`, in whole chunks; at least the `held` ones that registers are there for.
-constexpr int slots_of(int columns, int lanes, int rows, int held) {
+__host__ __device__ constexpr int slots_of(int columns, int lanes, int rows, int held) {
     const int chunk = 4 / rows, slots = ((columns + lanes - 1) / lanes + chunk - 1) / chunk * chunk;
     return slots > held ? slots : held;
 }
@@ -104,11 +104,11 @@ struct Weights {
 #pragma unroll
         for (int at = 0; at < 4; ++at) {
             const float4& weight = weights[at / Rows];
-            float* sum = sums + at % Rows * 4;
-            sum[0] += weight.x * values[at];
-            sum[1] += weight.y * values[at];
-            sum[2] += weight.z * values[at];
-            sum[3] += weight.w * values[at];
+            const int row = at % Rows * 4;
+            sums[row] += weight.x * values[at];
+            sums[row + 1] += weight.y * values[at];
+            sums[row + 2] += weight.z * values[at];
+            sums[row + 3] += weight.w * values[at];
         }
     }
 
@@ -140,24 +140,22 @@ struct Weights {
 
 /// Adds up the sums of a group's lanes and deals them out: with fewer lanes than sums, a lane's are the ones from
 /// part * Sums / Lanes on; with more, Lanes / Sums lanes side by side have the same one.
-template <int Lanes, int Sums>
-__device__ inline void deal(float (&sums)[Sums], int part) {
-    int count = Sums;
+template <int Lanes, int Sums, int Bit = Lanes / 2, int All>
+__device__ inline void deal(float (&sums)[All], int part) {
+    constexpr int left = Sums > 1 ? Sums / 2 : 1;
+    constexpr int mask = Bit * (32 / Lanes);
+    if constexpr (Sums > 1) {
+        const bool upper = (part & Bit) != 0;
 #pragma unroll
-    for (int bit = Lanes / 2; bit >= 1; bit /= 2) {
-        const bool upper = (part & bit) != 0;
-        if (count > 1) {
-            count /= 2;
-#pragma unroll
-            for (int at = 0; at < count; ++at) {
-                const float keep = upper ? sums[at + count] : sums[at];
-                const float give = upper ? sums[at] : sums[at + count];
-                sums[at] = keep + shuffle_xor(give, bit * (32 / Lanes));
-            }
-        } else {
-            sums[0] += shuffle_xor(sums[0], bit * (32 / Lanes));
+        for (int at = 0; at < left; ++at) {
+            const float keep = upper ? sums[at + left] : sums[at];
+            const float give = upper ? sums[at] : sums[at + left];
+            sums[at] = keep + shuffle_xor(give, mask);
         }
+    } else {
+        sums[0] += shuffle_xor(sums[0], mask);
     }
+    if constexpr (Bit > 1) deal<Lanes, left, Bit / 2>(sums, part);
 }
 
 /// A stage's steps for the rows of one tile.
@@ -196,9 +194,6 @@ __device__ inline void clear_past_lengths(void* data, DataType type, const Sweep
 
 __device__ inline void* behind(void* data, DataType type, std::int64_t values) {
     return data ? static_cast<unsigned char*>(data) + values * (type == DataType::float32 ? 4 : 2) : nullptr;
-}
-__device__ inline const void* behind(const void* data, DataType type, std::int64_t values) {
-    return behind(const_cast<void*>(data), type, values);
 }
 
 template <class T>
@@ -267,14 +262,18 @@ struct ForwardTask {
 };
 
 /// Registers for a whole block of the most threads a configuration is used with.
-constexpr int most_threads(int lanes, int held) {
-    return lanes == 2 || lanes == 8 ? (held > 40 ? 256 : 320) : (held > 32 ? 256 : 384);
+__host__ __device__ constexpr int most_threads(int lanes, int held) {
+    return held > (lanes == 2 || lanes == 8 ? 40 : 24) ? 256 : 384;
 }
+
+/// Where inputs find no room beside the hidden state: the code for them, and its registers, can go.
+__host__ __device__ constexpr bool needs_sums(int lanes, int held) { return lanes == 2 && held < 48; }
 
 template <int Lanes, int Held, int Rows>
 __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __grid_constant__ ForwardTask task) {
     constexpr int own_rows = Rows >= Lanes ? Rows / Lanes : 1;
     constexpr int own_gates = Rows >= Lanes ? 4 : 4 * Rows / Lanes;
+    constexpr bool only_given = needs_sums(Lanes, Held);
 
     const Forward& call = task.call;
     const DataType type = call.type;
@@ -302,19 +301,19 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
     const int bound = sweep.bound;
 
     const int features = call.directions * hidden;
-    const int inputs = call.sums ? 0 : layer == 0 ? call.input_size : features;
+    const bool given_sums = only_given || call.sums;
+    const int inputs = given_sums ? 0 : layer == 0 ? call.input_size : features;
     const int slots = slots_of(hidden + inputs, Lanes, Rows, Held);
     const int vector_size = slots * Lanes * Rows;
     const Place<Lanes> place;
     const int unit = place.group, part = place.part;
     const bool real = unit < hidden;
     const void* const x = layer == 0 ? call.x : behind(call.outputs, type, (layer - 1) * call.steps.tokens * features);
-    const void* const sums_given = behind(call.sums, type, direction * call.steps.tokens * 4 * hidden);
     void* const y =
         behind(layer + 1 == call.layers ? call.y : behind(call.outputs, type, layer * call.steps.tokens * features),
                type, direction * hidden);
-    void* const gates = behind(call.gates, type, stage * call.steps.tokens * 4 * hidden);
-    void* const cells = behind(call.cells, type, stage * call.steps.tokens * hidden);
+    // Tokens of the stages before, in arrays that have them all.
+    const int stage_tokens = stage * static_cast<int>(call.steps.tokens);
 
     Weights<Lanes, Held, Rows> weights;
     float4* const rest = reinterpret_cast<float4*>(vectors + 2 * vector_size);
@@ -350,12 +349,12 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
     const auto initial = [&](const void* data) {
         return data ? decode(load(data, type, static_cast<std::int64_t>(stage) * hidden + unit), type) : 0.0f;
     };
-    /// Whether the state is put to the initial one before that step.
-    const auto reset_before = [&](int step, int at) -> bool {
-        if (!call.steps.reset || step >= bound) return false;
+    /// Not 0: the state is put to the initial one before that step.
+    const auto reset_before = [&](int step, int at) -> unsigned char {
+        if (!call.steps.reset || step >= bound) return 0;
         const int t = sweep.time(step) + (sweep.falling ? 1 : 0);
-        if (sweep.time(step) >= lengths[at] || t >= lengths[at]) return false;
-        return call.steps.reset[static_cast<std::int64_t>(t) * call.steps.batch + sweep.first_row + own_row + at] != 0;
+        if (sweep.time(step) >= lengths[at] || t >= lengths[at]) return 0;
+        return call.steps.reset[static_cast<std::int64_t>(t) * call.steps.batch + sweep.first_row + own_row + at];
     };
 
     // Thread 0 sees to it that the layer before has done what a step reads.
@@ -376,8 +375,7 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
     };
 
     // Inputs of a step come by way of registers, loaded a step before they are stored.
-    int input_place[inputs_ahead], input_length[inputs_ahead];
-    std::int64_t input_offset[inputs_ahead];
+    int input_place[inputs_ahead], input_offset[inputs_ahead], input_length[inputs_ahead];
     std::uint32_t ahead[inputs_ahead];
 #pragma unroll
     for (int at = 0; at < inputs_ahead; ++at) {
@@ -386,7 +384,7 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
         const bool used = index < Rows * inputs;
         input_place[at] = used ? (hidden + k) * Rows + row : -1;
         input_length[at] = used ? sweep.length(row) : 0;
-        input_offset[at] = static_cast<std::int64_t>(sweep.first_row + row) * inputs + k;
+        input_offset[at] = (sweep.first_row + row) * inputs + k;
         ahead[at] = 0;
     }
     const auto load_inputs = [&](int step, int base) {
@@ -408,9 +406,9 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
         for (int at = 0; at < own_rows * own_gates; ++at) {
             const int row = at / own_gates, gate = gate_of(share * own_gates + at % own_gates);
             given[at] = t < lengths[row]
-                            ? load(sums_given, type,
-                                   static_cast<std::int64_t>(base + sweep.first_row + own_row + row) * 4 * hidden +
-                                       gate * hidden + unit)
+                            ? load(call.sums, type,
+                                   std::int64_t(stage_tokens + base + sweep.first_row + own_row + row) * (4 * hidden) +
+                                       (gate * hidden + unit))
                             : 0u;
         }
     };
@@ -419,7 +417,7 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
     for (int step = 0; step < 3; ++step) wait_for(step);
     block_sync();
     int base = sweep.base(0), next_base = sweep.base(1), third_base = sweep.base(2);
-    if (sums_given) {
+    if (given_sums) {
         load_sums(0, base);
     } else {
         load_inputs(0, base);
@@ -435,15 +433,18 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
         if (keeps_state) vectors[unit * Rows + own_row + at] = h[at];
     }
 
+    float *vector = vectors, *next = vectors + vector_size;
+    int to_publish = task.publish_every;
     for (int step = 0; step < bound; ++step) {
         const int t = sweep.time(step);
-        const float* const vector = vectors + step % 2 * vector_size;
-        float* const next = vectors + (step + 1) % 2 * vector_size;
         block_sync();
         // All of the block has written what came before the barrier; a release behind it covers that.
-        if (publishes && thread == 0 && step > 0 && step % task.publish_every == 0) store_release(flags + stage, step);
+        if (publishes && thread == 0 && step == to_publish) {
+            store_release(flags + stage, step);
+            to_publish += task.publish_every;
+        }
         const int fourth_base = sweep.base(step + 3);
-        bool reset[own_rows];
+        unsigned char reset[own_rows];
 #pragma unroll
         for (int at = 0; at < own_rows; ++at) reset[at] = reset_before(step + 1, at);
 
@@ -454,15 +455,14 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
 #pragma unroll
         for (int at = 0; at < own_rows; ++at) {
             const bool active = t < lengths[at];
-            const std::int64_t token = base + sweep.first_row + own_row + at;
+            const int token = base + sweep.first_row + own_row + at;
             float gate[own_gates];
 #pragma unroll
             for (int index = 0; index < own_gates; ++index) {
                 const int sum = share * own_gates + index;
                 float value = sums[at * own_gates + index] + bias[index];
-                if (sums_given) value += decode(given[at * own_gates + index], type);
+                if (given_sums) value += decode(given[at * own_gates + index], type);
                 gate[index] = gate_activation(value, sum == 1);
-                if (gates && active) store(gates, type, token * 4 * hidden + gate_of(sum) * hidden + unit, gate[index]);
             }
             float product, f, o;
             if constexpr (own_gates == 4) {
@@ -490,12 +490,21 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
                 }
                 next[unit * Rows + own_row + at] = h[at];
                 if (active) {
-                    store(y, type, token * features + unit, last);
-                    if (cells) store(cells, type, token * hidden + unit, last_cell);
+                    store(y, type, std::int64_t(token) * features + unit, last);
+                    if (call.cells)
+                        store(call.cells, type, std::int64_t(stage_tokens + token) * hidden + unit, last_cell);
                 }
             }
+            if (call.gates && active) {
+#pragma unroll
+                for (int index = 0; index < own_gates; ++index)
+                    store(call.gates, type,
+                          std::int64_t(stage_tokens + token) * (4 * hidden) +
+                              (gate_of(share * own_gates + index) * hidden + unit),
+                          gate[index]);
+            }
         }
-        if (sums_given) {
+        if (given_sums) {
             load_sums(step + 1, next_base);
         } else {
             store_inputs(next);
@@ -504,6 +513,9 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
         base = next_base;
         next_base = third_base;
         third_base = fourth_base;
+        float* const last_vector = vector;
+        vector = next;
+        next = last_vector;
         wait_for(step + 3);
     }
     block_sync();
@@ -516,8 +528,10 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
         store(call.c_n, type, state_at(at), c[at]);
     }
     clear_past_lengths(y, type, sweep, Rows, features, hidden);
-    clear_past_lengths(gates, type, sweep, Rows, 4 * hidden, 4 * hidden);
-    clear_past_lengths(cells, type, sweep, Rows, hidden, hidden);
+    clear_past_lengths(behind(call.gates, type, std::int64_t(stage_tokens) * 4 * hidden), type, sweep, Rows, 4 * hidden,
+                       4 * hidden);
+    clear_past_lengths(behind(call.cells, type, std::int64_t(stage_tokens) * hidden), type, sweep, Rows, hidden,
+                       hidden);
 }
 
 template <int Lanes, int Held, int Rows>
@@ -553,11 +567,8 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) backward(const __gr
     else
         weights.fill(rest, slots, part, UnitColumns<__nv_bfloat16>{source, place.group * 4, hidden});
 
-    const void* const gates = behind(call.gates, type, direction * call.steps.tokens * 4 * hidden);
-    const void* const cells = behind(call.cells, type, direction * call.steps.tokens * hidden);
-    const void* const grad_cells = behind(call.grad_cells, type, direction * call.steps.tokens * hidden);
-    const void* const grad_outputs = behind(call.grad_outputs, type, direction * hidden);
-    void* const grad_sums = behind(call.grad_sums, type, direction * call.steps.tokens * 4 * hidden);
+    // Tokens of the other direction, in arrays that have both apart.
+    const int stage_tokens = direction * static_cast<int>(call.steps.tokens);
     const std::int64_t state_at =
         (static_cast<std::int64_t>(direction) * call.steps.batch + sweep.first_row + row) * hidden + unit;
     float grad_h = real && call.grad_h_n ? decode(load(call.grad_h_n, type, state_at), type) : 0.0f;
@@ -569,16 +580,18 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) backward(const __gr
     const auto fetch = [&](int step, int base, int base_before) {
         const int t = step < bound ? sweep.time(step) : call.steps.steps;
         if (t >= length) return;
-        const std::int64_t token = base + sweep.first_row + row;
+        const int token = base + sweep.first_row + row, of_stage = stage_tokens + token;
 #pragma unroll
-        for (int at = 0; at < 4; ++at) gate[at] = load(gates, type, token * 4 * hidden + at * hidden + unit);
-        cell = load(cells, type, token * hidden + unit);
-        if (grad_outputs) to_output = load(grad_outputs, type, token * features + unit);
-        if (grad_cells) to_cell = load(grad_cells, type, token * hidden + unit);
+        for (int at = 0; at < 4; ++at)
+            gate[at] = load(call.gates, type, std::int64_t(of_stage) * (4 * hidden) + (at * hidden + unit));
+        cell = load(call.cells, type, std::int64_t(of_stage) * hidden + unit);
+        if (call.grad_outputs)
+            to_output = load(call.grad_outputs, type, std::int64_t(token) * features + (direction * hidden + unit));
+        if (call.grad_cells) to_cell = load(call.grad_cells, type, std::int64_t(of_stage) * hidden + unit);
         const bool first = sweep.falling ? t == 0 : t + 1 == length;
-        before =
-            first ? load(call.c, type, state_at)
-                  : load(cells, type, (static_cast<std::int64_t>(base_before) + sweep.first_row + row) * hidden + unit);
+        before = first ? load(call.c, type, state_at)
+                       : load(call.cells, type,
+                              std::int64_t(stage_tokens + base_before + sweep.first_row + row) * hidden + unit);
         // A stage that goes backwards comes to step t from t + 1, and the flag of that one parts them.
         const int flag = sweep.falling ? t : t + 1;
         reset = call.steps.reset && flag < length
@@ -590,9 +603,8 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) backward(const __gr
     int next_base = sweep.base(1), third_base = sweep.base(2), base = sweep.base(0);
     fetch(0, base, next_base);
     bool was_active = false, was_reset = false;
+    float *vector = vectors, *next = vectors + vector_size;
     for (int step = 0;; ++step) {
-        const float* const vector = vectors + step % 2 * vector_size;
-        float* const next = vectors + (step + 1) % 2 * vector_size;
         block_sync();
         const int fourth_base = sweep.base(step + 3);
         float sums[4 * Rows];
@@ -627,9 +639,10 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) backward(const __gr
                 if (at % twins != twin) continue;
                 next[(at * hidden + unit) * Rows + row] = to_sums[at];
                 if (active)
-                    store(grad_sums, type,
-                          (static_cast<std::int64_t>(base) + sweep.first_row + row) * 4 * hidden + at * hidden + unit,
-                          to_sums[at]);
+                    store(
+                        call.grad_sums, type,
+                        std::int64_t(stage_tokens + base + sweep.first_row + row) * (4 * hidden) + (at * hidden + unit),
+                        to_sums[at]);
             }
         }
         was_active = active;
@@ -638,12 +651,16 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) backward(const __gr
         base = next_base;
         next_base = third_base;
         third_base = fourth_base;
+        float* const last_vector = vector;
+        vector = next;
+        next = last_vector;
     }
     if (real && twin == 0) {
         store(call.grad_h, type, state_at, grad_h);
         store(call.grad_c, type, state_at, grad_c);
     }
-    clear_past_lengths(grad_sums, type, sweep, Rows, 4 * hidden, 4 * hidden);
+    clear_past_lengths(behind(call.grad_sums, type, std::int64_t(stage_tokens) * 4 * hidden), type, sweep, Rows,
+                       4 * hidden, 4 * hidden);
 }
 
 /// How a call is run: rows is 0 where it cannot be.
@@ -660,10 +677,14 @@ Plan plan(int groups, int lanes, int columns, int rows) {
     if (wide) {
         const int needed = slots_of(columns, lanes, rows, 0);
         found.held = needed <= 8 ? 8 : needed <= 16 ? 16 : needed <= 24 ? 24 : 32;
-        if (needed > 32 && threads <= most_threads(lanes, 48)) found.held = 48;
-        if (lanes == 16 && found.held > 24) found.held = 24;
+        if (needed > 32) found.held = 48;
+        if (lanes == 16 || threads > most_threads(lanes, found.held)) found.held = found.held < 24 ? found.held : 24;
     } else {
-        found.held = threads <= most_threads(lanes, 48) ? 48 : 36;
+        found.held = threads <= most_threads(lanes, 48) ? 48 : 32;
+        // A few more, some of which the compiler will not find registers for, where nothing less will do.
+        if (found.held == 32 &&
+            shared_bytes(slots_of(columns, lanes, rows, 32), lanes, rows, 32, threads) > shared_limit())
+            found.held = 36;
     }
     if (threads > most_threads(lanes, found.held)) return found;
     const int slots = slots_of(columns, lanes, rows, found.held);
@@ -685,25 +706,28 @@ Plan choose(int most_rows, int stages, int batch, int multiprocessors, const At&
     return found;
 }
 
-bool sound(DataType type, const Steps& steps) {
-    return type != DataType::float64 && steps.tokens < (std::int64_t(1) << 31);
+/// Tokens of all stages are counted in an int.
+bool sound(DataType type, const Steps& steps, int stages) {
+    return type != DataType::float64 && steps.tokens * stages < (std::int64_t(1) << 31);
 }
 
 Plan plan_of(const Forward& call) {
     const int hidden = call.hidden_size, stages = call.layers * call.directions;
-    if (!sound(call.type, call.steps) || stages > max_stages || hidden > 160 || (call.sums && call.layers > 1))
+    if (!sound(call.type, call.steps, stages) || stages > max_stages || hidden > 160 || (call.sums && call.layers > 1))
         return {};
     int inputs = call.sums ? 0 : call.input_size;
     if (call.layers > 1 && call.directions * hidden > inputs) inputs = call.directions * hidden;
+    if (std::int64_t(call.steps.batch + 4) * inputs >= std::int64_t(1) << 31) return {};
     return choose(4, stages, call.steps.batch, call.multiprocessors, [&](int rows) {
         const Plan how = plan(hidden, hidden <= 96 ? 4 : 2, hidden + inputs, rows);
+        if (needs_sums(how.lanes, how.held) && !call.sums) return Plan{};
         return std::int64_t(rows) * inputs <= inputs_ahead * how.threads ? how : Plan{};
     });
 }
 
 Plan plan_of(const Backward& call) {
     const int hidden = call.hidden_size;
-    if (!sound(call.type, call.steps) || hidden > 160) return {};
+    if (!sound(call.type, call.steps, call.directions) || hidden > 160) return {};
     return choose(hidden <= 96 ? 4 : 2, call.directions, call.steps.batch, call.multiprocessors,
                   [&](int rows) { return plan((hidden + 3) / 4, hidden <= 96 ? 16 : 8, 4 * hidden, rows); });
 }
@@ -735,8 +759,10 @@ const char* start_rows(const Plan& how, const Task& task) {
 
 template <int Wide, int Narrow, class Task>
 const char* start_any(const Plan& how, const Task& task) {
-    if (how.lanes == Narrow)
-        return how.held == 48 ? start_rows<Narrow, 48>(how, task) : start_rows<Narrow, 36>(how, task);
+    if (how.lanes == Narrow) {
+        if (how.held == 48) return start_rows<Narrow, 48>(how, task);
+        return how.held == 32 ? start_rows<Narrow, 32>(how, task) : start_rows<Narrow, 36>(how, task);
+    }
     if (how.held == 8) return start_rows<Wide, 8>(how, task);
     if (how.held == 16) return start_rows<Wide, 16>(how, task);
     if (how.held == 24) return start_rows<Wide, 24>(how, task);

@@ -37,6 +37,13 @@ __device__ inline T shuffle(T value, int lane) {
     return __shfl_sync(all_lanes, value, lane);
 }
 
+/// The value, which the compiler takes for a new one: what is found from it is found again in each turn of a loop,
+/// where it would otherwise stay in registers.
+__device__ inline int found_anew(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 /// Words by which blocks of one launch tell each other how far they are.
 __device__ inline int load_acquire(const int* word) {
     int value;

@@ -27,7 +27,7 @@ void* at_stage(const Tensor& values, std::int64_t stage) { return const_cast<voi
 Forward call_of(const Device& device, const Stack& stack, int layer, int layers) {
     Forward call{};
     call.type = data_type(stack.x);
-    call.steps = stack.batch.steps;
+    call.steps = stack.batch.with_lengths();
     call.input_size = static_cast<int>(layer == 0 ? stack.inputs() : stack.directions * stack.units());
     call.hidden_size = static_cast<int>(stack.units());
     call.layers = layers;
@@ -129,6 +129,11 @@ Batch packed(const char* op, const Device& device, std::int64_t tokens, std::int
         answer.steps.offsets = ops::data<int>(*answer.device_offsets);
         check_launch(op, put_ints(answer.offsets.data(), steps, ops::mutable_data<int>(*answer.device_offsets),
                                   device.stream()));
+        if (batch > 0) {
+            answer.device_lengths = empty_of(ops::ScalarType::Int, x, {batch});
+            check_launch(op,
+                         packed_lengths(answer.steps, ops::mutable_data<int>(*answer.device_lengths), device.stream()));
+        }
     }
     return answer;
 }
@@ -239,7 +244,7 @@ Gradients backward(const char* op, const Device& device, const Stack& stack, con
         const Maybe grad_cells = last ? given.grad_cells : std::nullopt;
         Backward call{};
         call.type = type;
-        call.steps = stack.batch.steps;
+        call.steps = stack.batch.with_lengths();
         call.hidden_size = static_cast<int>(units);
         call.directions = stack.directions;
         call.reverse = stack.reverse;

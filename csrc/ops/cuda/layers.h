@@ -17,6 +17,13 @@ struct Batch {
     Maybe device_lengths;      ///< (N) int32
     Maybe reset;               ///< (T, N) bool
 
+    /// What whole-sequence kernels read, which want the lengths of packed rows as well.
+    Steps with_lengths() const {
+        Steps answer = steps;
+        if (device_lengths) answer.lengths = ops::data<int>(*device_lengths);
+        return answer;
+    }
+
     std::int64_t first(int step) const {
         return offsets.empty() ? std::int64_t(step) * steps.batch : offsets[static_cast<std::size_t>(step)];
     }

@@ -113,6 +113,26 @@ __global__ void cut_lengths_kernel(Lengths call) {
     call.target[row] = static_cast<int>(length < 0 ? 0 : length > call.steps ? call.steps : length);
 }
 
+struct PackedLengths {
+    Steps steps;
+    int* target;
+};
+
+__global__ void packed_lengths_kernel(PackedLengths call) {
+    const std::int64_t row = thread_number();
+    if (row >= call.steps.batch) return;
+    int low = 0, high = call.steps.steps;  // the steps before low have the row, those from high on do not
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        const std::int64_t end = middle + 1 < call.steps.steps ? call.steps.offsets[middle + 1] : call.steps.tokens;
+        if (end - call.steps.offsets[middle] > row)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    call.target[row] = low;
+}
+
 template <class T>
 __global__ void begin_kernel(CellBegin call) {
     const int width = call.recurrent_size + call.hidden_size;
@@ -419,6 +439,10 @@ const char* put_ints(const int* values, std::int64_t count, int* target, void* s
 
 const char* cut_lengths(const std::int64_t* lengths, int batch, int steps, int* target, void* stream) {
     return start(cut_lengths_kernel, batch, stream, Lengths{lengths, batch, steps, target});
+}
+
+const char* packed_lengths(const Steps& steps, int* target, void* stream) {
+    return start(packed_lengths_kernel, steps.batch, stream, PackedLengths{steps, target});
 }
 
 const char* cell_begin(const CellBegin& call) {

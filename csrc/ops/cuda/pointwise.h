@@ -17,6 +17,9 @@ const char* put_ints(const int* values, std::int64_t count, int* target, void* s
 /// target (batch) = lengths, cut to 0 to steps.
 const char* cut_lengths(const std::int64_t* lengths, int batch, int steps, int* target, void* stream);
 
+/// target (batch) = the steps of each packed row.
+const char* packed_lengths(const Steps& steps, int* target, void* stream);
+
 /// One step of one stage. Tokens of its rows: first, first + 1 and so on.
 struct Step {
     Steps steps;

@@ -18,8 +18,9 @@ constexpr int units = 4;
 constexpr int gates = 4;
 constexpr int max_hidden = 64;
 constexpr int max_threads = 512;
-constexpr int states_ahead = 4;  ///< vectors of h and c that a thread has under way at once
-constexpr int inputs_ahead = 2;  ///< and of the next step's x
+constexpr int states_ahead = 4;   ///< vectors of h and c that a thread has under way at once
+constexpr int weights_ahead = 3;  ///< of weights
+constexpr int inputs_ahead = 1;   ///< and of the next step's x
 
 struct Tiles {
     int groups;  ///< of units, of a warp each
@@ -63,11 +64,22 @@ __device__ inline bool aligned(const void* data, std::size_t bytes) {
 template <class T>
 constexpr int vector_size = 16 / static_cast<int>(sizeof(T));
 
-/// `count` values, of which those of one vector are used.
+/// Whether the next `count` values begin with a vector that one instruction loads.
 template <class T>
-__device__ inline void load_vector(T (&values)[vector_size<T>], const T* from, int count) {
-    if (count >= vector_size<T> && aligned(from, 16)) {
-        const uint4 bits = *reinterpret_cast<const uint4*>(from);
+__device__ inline bool whole_vector(const T* from, int count) {
+    return count >= vector_size<T> && aligned(from, 16);
+}
+
+/// The first half of a copy: what can be under way while something else is done.
+template <class T>
+__device__ inline void start_vector(uint4& bits, const T* from, int count) {
+    if (whole_vector(from, count)) bits = *reinterpret_cast<const uint4*>(from);
+}
+
+/// The second half, and all of it where the first one could not be.
+template <class T>
+__device__ inline void finish_vector(T (&values)[vector_size<T>], const uint4& bits, const T* from, int count) {
+    if (whole_vector(from, count)) {
         memcpy(values, &bits, 16);
         return;
     }
@@ -77,7 +89,7 @@ __device__ inline void load_vector(T (&values)[vector_size<T>], const T* from, i
 
 template <class T>
 __device__ inline void store_vector(T* to, const T (&values)[vector_size<T>], int count) {
-    if (count >= vector_size<T> && aligned(to, 16)) {
+    if (whole_vector(to, count)) {
         uint4 bits;
         memcpy(&bits, values, 16);
         *reinterpret_cast<uint4*>(to) = bits;
@@ -152,8 +164,9 @@ __device__ inline void gather(T* to, const W* from, int vector, int count, int c
 template <class T>
 __device__ inline typename Wide<T>::type weight(const WeightView& view, int gate, int unit, int column) {
     if (!view.data) return 0;
-    return to_float(static_cast<const T*>(
-        view.data)[gate * view.gate + unit / 16 * view.panel + unit % 16 * view.unit + column * view.column]);
+    const int at = gate * static_cast<int>(view.gate) + unit / 16 * static_cast<int>(view.panel) +
+                   unit % 16 * static_cast<int>(view.unit) + column * static_cast<int>(view.column);
+    return to_float(static_cast<const T*>(view.data)[at]);
 }
 
 /// All layers' weights to [layer][group of units][column][unit][gate]. A warp takes eight columns of four gates: whole
@@ -162,22 +175,32 @@ template <class T, class W>
 __device__ inline void load_weights(W* to, const Forward& call, int groups) {
     const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
     const int gate = static_cast<int>(threadIdx.x) % 32 / 8, lane_column = static_cast<int>(threadIdx.x) % 8;
+#pragma unroll 1
     for (int layer = 0; layer < call.layers; ++layer) {
         const StageWeights& stage = call.stages[layer];
         const int inputs = input_columns(call, layer), columns = layer_columns(call, layer);
         const int eights = (columns + 7) / 8;
-#pragma unroll 4
-        for (int at = warp; at < call.hidden_size * eights; at += warps) {
-            const int unit = at / eights, column = (at - unit * eights) * 8 + lane_column;
-            if (column >= columns) continue;
-            W value;
-            if (column < inputs)
-                value = weight<T>(stage.weight_ih, gate, unit, column);
-            else if (column + 1 < columns)
-                value = weight<T>(stage.weight_hh, gate, unit, column - inputs);
-            else
-                value = weight<T>(stage.bias_ih, gate, unit, 0) + weight<T>(stage.bias_hh, gate, unit, 0);
-            to[((unit / units * columns + column) * units + unit % units) * gates + gate] = value;
+#pragma unroll 1
+        for (int from = warp; from < call.hidden_size * eights; from += weights_ahead * warps) {
+            W values[weights_ahead];
+            int places[weights_ahead];
+#pragma unroll
+            for (int i = 0; i < weights_ahead; ++i) {
+                const int at = from + i * warps, unit = at / eights;
+                const int column = (at - unit * eights) * 8 + lane_column;
+                places[i] = -1;
+                if (unit >= call.hidden_size || column >= columns) continue;
+                places[i] = ((unit / units * columns + column) * units + unit % units) * gates + gate;
+                if (column < inputs)
+                    values[i] = weight<T>(stage.weight_ih, gate, unit, column);
+                else if (column + 1 < columns)
+                    values[i] = weight<T>(stage.weight_hh, gate, unit, column - inputs);
+                else
+                    values[i] = weight<T>(stage.bias_ih, gate, unit, 0) + weight<T>(stage.bias_hh, gate, unit, 0);
+            }
+#pragma unroll
+            for (int i = 0; i < weights_ahead; ++i)
+                if (places[i] >= 0) to[places[i]] = values[i];
         }
         to += groups * columns * units * gates;
     }
@@ -192,7 +215,7 @@ struct alignas(16) Gates {
 template <int Rows, class W>
 __device__ inline void accumulate(W (&sums)[Rows][units][gates], const W* from, int stride, const Gates<W>* weights,
                                   int columns) {
-#pragma unroll 2
+#pragma unroll(sizeof(W) == 8 || Rows == 1 ? 1 : 2)
     for (int k = 0; k < columns; ++k) {
         W value[Rows];
 #pragma unroll
@@ -210,15 +233,15 @@ __device__ inline void accumulate(W (&sums)[Rows][units][gates], const W* from, 
 
 /// The tokens of a tile in one step.
 struct Span {
-    std::int64_t token;
+    int token;
     int rows;
 };
 
 __device__ inline Span span_of(const Steps& steps, int t, int first, int count) {
-    if (!steps.offsets) return {static_cast<std::int64_t>(t) * steps.batch + first, count};
-    const std::int64_t token = steps.offsets[t];
-    const std::int64_t end = t + 1 < steps.steps ? steps.offsets[t + 1] : steps.tokens;
-    return {token + first, max(0, min(count, static_cast<int>(end - token) - first))};
+    if (!steps.offsets) return {t * steps.batch + first, count};
+    const int token = steps.offsets[t];
+    const int end = t + 1 < steps.steps ? steps.offsets[t + 1] : static_cast<int>(steps.tokens);
+    return {token + first, max(0, min(count, end - token - first))};
 }
 
 /// How many steps of packed rows reach row `first`: they come by falling length.
@@ -241,6 +264,7 @@ __device__ inline void clear(T* to, int count) {
 #pragma unroll
     for (int i = 0; i < vector_size<T>; ++i) zeros[i] = from_float<T>(typename Wide<T>::type(0));
     const int threads = static_cast<int>(blockDim.x);
+#pragma unroll 1
     for (int at = static_cast<int>(threadIdx.x) * vector_size<T>; at < count; at += threads * vector_size<T>)
         store_vector(to + at, zeros, count - at);
 }
@@ -283,11 +307,14 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
 
         int bound = packed ? steps_of(steps, first) : steps.steps;
         if (steps.lengths) {
+#pragma unroll 1
             for (int row = thread; row < tiles.rows; row += threads)
                 lengths[row] = row < count ? steps.lengths[first + row] : 0;
             block_sync();
             bound = 0;
+#pragma unroll 1
             for (int row = lane; row < tiles.rows; row += 32) bound = max(bound, lengths[row]);
+#pragma unroll 1
             for (int mask = 16; mask > 0; mask /= 2) bound = max(bound, shuffle_xor(bound, mask));
         }
         int length[Rows];
@@ -310,83 +337,96 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
                     found |= 1 << j;
             return found;
         };
-        const auto load_input = [&](T(&values)[size], const Span& span, int vector) {
-            const int all = span.rows * inputs;
-            if (vector * size < all)
-                load_vector(values, static_cast<const T*>(call.x) + span.token * inputs + vector * size,
-                            all - vector * size);
+        const auto input_of = [&](const Span& span, int vector) {
+            return static_cast<const T*>(call.x) + static_cast<std::int64_t>(span.token) * inputs + vector * size;
         };
-        const auto place_input = [&](const T(&values)[size], const Span& span, int vector, int step) {
-            scatter(input + step % 2 * inputs * stride, values, vector, span.rows * inputs, inputs, argument.by_input,
-                    stride);
-        };
-        T input_ahead[inputs_ahead][size];
-        const auto fetch_input = [&](const Span& span) {
+        uint4 input_ahead[inputs_ahead] = {};
+        const auto start_input = [&](const Span& span) {
 #pragma unroll
-            for (int i = 0; i < inputs_ahead; ++i) load_input(input_ahead[i], span, thread + i * threads);
+            for (int i = 0; i < inputs_ahead; ++i) {
+                const int vector = thread + i * threads;
+                start_vector(input_ahead[i], input_of(span, vector), span.rows * inputs - vector * size);
+            }
+        };
+        const auto place_input = [&](const uint4& bits, const Span& span, int vector, int step) {
+            const int all = span.rows * inputs;
+            if (vector * size >= all) return;
+            T values[size];
+            finish_vector(values, bits, input_of(span, vector), all - vector * size);
+            scatter(input + step % 2 * inputs * stride, values, vector, all, inputs, argument.by_input, stride);
         };
         const auto finish_input = [&](const Span& span, int step) {
 #pragma unroll
             for (int i = 0; i < inputs_ahead; ++i) place_input(input_ahead[i], span, thread + i * threads, step);
+#pragma unroll 1
             for (int vector = thread + inputs_ahead * threads; vector * size < span.rows * inputs; vector += threads) {
-                T values[size];
-                load_input(values, span, vector);
-                place_input(values, span, vector, step);
+                uint4 bits{};
+                start_vector(bits, input_of(span, vector), span.rows * inputs - vector * size);
+                place_input(bits, span, vector, step);
             }
         };
 
-        // h and c of all layers are one list of vectors, so that all of them are under way at once.
-        const int state_values = count * hidden, vectors = (state_values + size - 1) / size;
-        T state_ahead[states_ahead][size];
-        const auto fetch_state = [&](int from) {
-#pragma unroll
-            for (int i = 0; i < states_ahead; ++i) {
-                const int at = from + i * threads, array = at / vectors, vector = at - array * vectors;
-                if (array >= 2 * layers) continue;
-                const int layer = array < layers ? array : array - layers;
-                load_vector(state_ahead[i],
-                            static_cast<const T*>(array < layers ? call.h : call.c) +
-                                (static_cast<std::int64_t>(layer) * batch + first) * hidden + vector * size,
-                            state_values - vector * size);
-            }
+        // h and c of all layers are 2 L arrays, of which a thread has the same vectors.
+        const int state_values = count * hidden;
+        const auto state_place = [&](int array) {
+            return (static_cast<std::int64_t>(array < layers ? array : array - layers) * batch + first) * hidden;
         };
-        const auto place_state = [&](int from) {
+        const auto state_of = [&](int array, int vector) {
+            return static_cast<const T*>(array < layers ? call.h : call.c) + state_place(array) + vector * size;
+        };
+        uint4 state_ahead[states_ahead] = {};
+        const auto start_state = [&](int vector, int array) {
+            const int left = state_values - vector * size;
+#pragma unroll
+            for (int i = 0; i < states_ahead; ++i)
+                if (array + i < 2 * layers) start_vector(state_ahead[i], state_of(array + i, vector), left);
+        };
+        const auto finish_state = [&](int vector, int array) {
+            if (vector * size >= state_values) return;
 #pragma unroll
             for (int i = 0; i < states_ahead; ++i) {
-                const int at = from + i * threads, array = at / vectors, vector = at - array * vectors;
-                if (array < 2 * layers)
-                    scatter(state + array * layer_size, state_ahead[i], vector, state_values, hidden,
-                            argument.by_hidden, stride);
+                if (array + i >= 2 * layers) return;
+                T values[size];
+                finish_vector(values, state_ahead[i], state_of(array + i, vector), state_values - vector * size);
+                scatter(state + (array + i) * layer_size, values, vector, state_values, hidden, argument.by_hidden,
+                        stride);
             }
         };
         Span span = span_at(0), next_span = span_at(1);
-        fetch_state(thread);
-        fetch_input(span);
+        start_state(thread, 0);
+        start_input(span);
         if (!weights_here) load_weights<T>(weights, call, tiles.groups);
         weights_here = true;
-        place_state(thread);
-        for (int at = thread + states_ahead * threads; at < 2 * layers * vectors; at += states_ahead * threads) {
-            fetch_state(at);
-            place_state(at);
+        finish_state(thread, 0);
+#pragma unroll 1
+        for (int vector = thread; vector * size < state_values; vector += threads) {
+#pragma unroll 1
+            for (int array = vector == thread ? states_ahead : 0; array < 2 * layers; array += states_ahead) {
+                start_state(vector, array);
+                finish_state(vector, array);
+            }
         }
         finish_input(span, 0);
         int resets = steps.reset && bound > 0 ? resets_before(0) : 0;
         block_sync();
 
+#pragma unroll 1
         for (int step = 0; step < bound; ++step) {
             const int t = time(step);
             W* const before = hidden_at(step);
             W* const after = hidden_at(step + 1);
             const Span later_span = span_at(step + 2);
             int next_resets = 0;
-            fetch_input(next_span);
+            start_input(next_span);
             if (steps.reset) {
                 if (step + 1 < bound) next_resets = resets_before(step + 1);
                 if (step > 0) block_sync();  // outputs may still be copied from what is reset
 #pragma unroll
                 for (int j = 0; j < Rows; ++j) {
                     if (!(resets >> j & 1)) continue;
+#pragma unroll 1
                     for (int layer = 0; layer < layers; ++layer) {
+#pragma unroll 1
                         for (int u = 0; u < unit_count; ++u) {
                             const int from = layer * hidden + unit0 + u, at = from * stride + row0 + j * 32;
                             before[at] = call.initial_h ? to_float(static_cast<const T*>(call.initial_h)[from]) : W(0);
@@ -398,6 +438,7 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
             }
 
             const Gates<W>* layer_weights = reinterpret_cast<const Gates<W>*>(weights);
+#pragma unroll 1
             for (int layer = 0; layer < layers; ++layer) {
                 const int from_below = input_columns(call, layer), columns = from_below + hidden + 1;
                 const W* const below =
@@ -407,24 +448,24 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
                     const Gates<W>* const mine = layer_weights + group * columns * units;
                     W sums[Rows][units][gates];
 #pragma unroll
-                    for (int u = 0; u < units; ++u)
+                    for (int j = 0; j < Rows; ++j) {
+                        const int row = row0 + j * 32;
+                        const bool given = call.sums && row < span.rows && t < length[j];
+                        const T* const from = static_cast<const T*>(call.sums) +
+                                              static_cast<std::int64_t>(span.token + row) * gates * hidden + unit0;
+#pragma unroll
+                        for (int g = 0; g < gates; ++g)
+#pragma unroll
+                            for (int u = 0; u < units; ++u)
+                                sums[j][u][g] = given && u < unit_count ? to_float(from[g * hidden + u]) : W(0);
+                    }
+#pragma unroll
+                    for (int u = 0; u < units; ++u) {
+                        const Gates<W> bias = mine[(columns - 1) * units + u];
 #pragma unroll
                         for (int j = 0; j < Rows; ++j)
 #pragma unroll
-                            for (int g = 0; g < gates; ++g) sums[j][u][g] = mine[(columns - 1) * units + u].of[g];
-                    if (call.sums) {
-#pragma unroll
-                        for (int j = 0; j < Rows; ++j) {
-                            const int row = row0 + j * 32;
-                            if (row >= span.rows || t >= length[j]) continue;
-                            const T* const given =
-                                static_cast<const T*>(call.sums) + (span.token + row) * gates * hidden + unit0;
-#pragma unroll
-                            for (int g = 0; g < gates; ++g)
-#pragma unroll
-                                for (int u = 0; u < units; ++u)
-                                    if (u < unit_count) sums[j][u][g] += to_float(given[g * hidden + u]);
-                        }
+                            for (int g = 0; g < gates; ++g) sums[j][u][g] += bias.of[g];
                     }
                     accumulate<Rows>(sums, below + row0, stride, mine, from_below);
                     accumulate<Rows>(sums, own + row0, stride, mine + from_below * units, hidden);
@@ -474,10 +515,11 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
                 }
                 if (layer + 1 == layers) finish_input(next_span, step + 1);
                 block_sync();
-                T* to = static_cast<T*>(call.y) + span.token * hidden;
+                T* to = static_cast<T*>(call.y) + static_cast<std::int64_t>(span.token) * hidden;
                 if (layer + 1 < layers)
                     to = static_cast<T*>(call.outputs) + (layer * steps.tokens + span.token) * hidden;
                 if (layer + 1 == layers || call.outputs)
+#pragma unroll 1
                     for (int vector = thread; vector * size < span.rows * hidden; vector += threads)
                         gather(to, after + layer * layer_size, vector, span.rows * hidden, hidden, argument.by_hidden,
                                stride, steps.lengths ? lengths : nullptr, t);
@@ -488,16 +530,18 @@ __global__ void __launch_bounds__(max_threads) rows_kernel(const __grid_constant
             resets = next_resets;
         }
 
-        for (int at = thread; at < 2 * layers * vectors; at += threads) {
-            const int array = at / vectors, vector = at - array * vectors;
-            const int layer = array < layers ? array : array - layers;
-            gather(static_cast<T*>(array < layers ? call.h_n : call.c_n) +
-                       (static_cast<std::int64_t>(layer) * batch + first) * hidden,
-                   (array < layers ? hidden_at(bound) : cells) + layer * layer_size, vector, state_values, hidden,
-                   argument.by_hidden, stride, nullptr, 0);
+#pragma unroll 1
+        for (int array = 0; array < 2 * layers; ++array) {
+            const bool is_h = array < layers;
+            const W* const from = is_h ? hidden_at(bound) + array * layer_size : cells + (array - layers) * layer_size;
+#pragma unroll 1
+            for (int vector = thread; vector * size < state_values; vector += threads)
+                gather(static_cast<T*>(is_h ? call.h_n : call.c_n) + state_place(array), from, vector, state_values,
+                       hidden, argument.by_hidden, stride, nullptr, 0);
         }
         if (packed) continue;
         for (int t = bound; t < steps.steps; ++t) {
+#pragma unroll 1
             for (int layer = 0; layer < layers; ++layer) {
                 const std::int64_t step_token = static_cast<std::int64_t>(t) * batch + first;
                 const std::int64_t token = layer * steps.tokens + step_token;
@@ -567,8 +611,8 @@ Plan choose_plan(const Forward& call, std::size_t limit) {
 bool rows_fits(const Forward& call) {
     if (call.directions != 1 || call.hidden_size < 1 || call.hidden_size > max_hidden) return false;
     if (call.layers < 1 || call.layers > max_stages || (call.sums && call.layers != 1)) return false;
-    // So that no product below overflows; what shared memory holds is far less.
-    if (input_columns(call, 0) > 32 * 1024) return false;
+    // Tokens are counted in int; inputs beyond 2^15 would not fit and are no divisor for quotient().
+    if (call.steps.tokens > INT32_MAX || input_columns(call, 0) > 32 * 1024) return false;
     return plan_of(call, 1, 1).tiles.shared <= shared_limit();
 }
 

@@ -6,6 +6,8 @@
 /// of 8 rows costs what one row would. Which weight stands for which k of the product is free as long as both operands
 /// agree, and is chosen so that a lane's part of 32 consecutive values (a "k-block", two products) is 16 consecutive
 /// bytes: value 8 q + j of a block, q the lane's number modulo 4.
+#include <algorithm>
+
 #include "device.h"
 #include "kernels.h"
 
@@ -117,6 +119,7 @@ struct Layout {
     using Type = T;
     static constexpr int units = Units_;
     static constexpr int threads = 32 * Warps;
+    static constexpr int unrolled = Units_ > 1 ? 1 : 2;  // turns of a loop over slots, of 16 registers each
     static constexpr int kept = (Units_ - 1) * Full + Last;
     static constexpr __host__ __device__ int kept_of(int unit) { return unit < Units_ - 1 ? Full : Last; }
     static constexpr __host__ __device__ int first_of(int unit) { return unit * Full; }
@@ -202,7 +205,8 @@ struct ForwardArrays {
     T* h_n;
     T* c_n;
     int seen[2];  // how far the layer before was, at the last look
-    int role;
+    int role, stage, layer, direction, columns, blocks;
+    bool paired;
 };
 
 struct ForwardPlan {
@@ -317,7 +321,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     const int steps = tile.longest();
     const auto time_of = [&](int step) { return backwards ? steps - 1 - step : step; };
 
-    const bool fused = call.sums == nullptr;
+    const bool fused = L::units <= 2 && call.sums == nullptr;
     const int columns = fused ? (layer == 0 ? call.input_size : call.directions * H) : 0;
     const int h_blocks = (H + 31) / 32, blocks = h_blocks + (columns + 31) / 32;
     const int width = call.directions * H;
@@ -334,6 +338,12 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         arrays.h_n = static_cast<T*>(call.h_n) + state;
         arrays.c_n = static_cast<T*>(call.c_n) + state;
         arrays.seen[0] = arrays.seen[1] = 0;
+        arrays.stage = stage;
+        arrays.layer = layer;
+        arrays.direction = direction;
+        arrays.columns = columns;
+        arrays.blocks = blocks;
+        arrays.paired = columns % 2 == 0 && reinterpret_cast<std::uintptr_t>(arrays.x) % 4 == 0;
     }
 
     float4* const biases = reinterpret_cast<float4*>(memory + plan.bias_at);
@@ -383,7 +393,9 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     }
     block_sync();  // the values of h are clear
 
-    const auto cell_place = [&](int pass, int group) { return cells + ((pass * plan.groups + group) * 32 + lane) * 2; };
+    const auto cell_place = [&](int pass, int group, int lane) {
+        return cells + ((pass * plan.groups + group) * 32 + lane) * 2;
+    };
     for (int pass = 0; pass < plan.passes; ++pass)
         for (int group = warp; group < plan.groups; group += plan.warps)
             for (int e = 0; e < 2; ++e) {
@@ -403,53 +415,64 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                     *h_place(0, row, unit) = h_first;
                     c = to_float(c_first);
                 }
-                cell_place(pass, group)[e] = c;
+                cell_place(pass, group, lane)[e] = c;
             }
 
-    // Input steps: of step s in buffer s % 3, as the step before reads its first part ahead of the barrier.
-    const bool paired = columns % 2 == 0 && reinterpret_cast<std::uintptr_t>(arrays.x) % 4 == 0;
-    const int entries = paired ? columns / 2 : columns;  // words, or single values
-    const auto find_x = [&](int row, int entry, int step, int token) -> std::uint32_t {
-        if (entry >= entries || row >= rows || time_of(step) >= tile.lengths[row]) return 0;
-        const T* from = arrays.x + static_cast<std::int64_t>(token + tile.first + row) * columns;
-        return paired ? read<std::uint32_t>(from + 2 * entry) : read<std::uint16_t>(from + entry);
+    // Input steps: of step s in buffer s % 3, as the step before reads its first part ahead of the barrier. 16 lanes
+    // take every 16th pair of values of a row, 2 rows a warp.
+    const auto x_from = [&](int row, int token) {
+        return arrays.x + static_cast<std::int64_t>(token + tile.first + row) * arrays.columns;
     };
-    const auto put_x = [&](int row, int entry, int step, std::uint32_t word) {
-        if (entry >= entries || row >= rows) return;
-        const int at = paired ? entry * 4 : entry * 2;
-        unsigned char* to =
-            x_buffers + step % 3 * x_bytes + row * plan.x_stride + chunk_of(at / 16, row) * 16 + at % 16;
-        if (paired)
-            write(to, word);
-        else
-            write(to, static_cast<std::uint16_t>(word));
+    const auto x_to = [&](int row, int x_entry, int step) {
+        return x_buffers + step % 3 * x_bytes + row * plan.x_stride + chunk_of(x_entry / 4, row) * 16 + x_entry % 4 * 4;
     };
-    // A warp's rows are `warps` apart, its lanes take every 32nd entry of a row; the n-th of a thread:
-    const auto next_entry = [&](int& row, int& entry) {
-        entry += 32;
-        if (entry - lane >= entries) {
-            entry = lane;
-            row += plan.warps;
+    const auto there = [&](int row, int step) { return row < rows && time_of(step) < tile.lengths[row]; };
+    /// From the `skip`-th pair of the first row of a thread on.
+    const auto copy_x = [&](int step, int skip) {
+        const int token = tile.token(time_of(step)), again = found_anew(thread), x_entry = again % 16;
+        for (int row = again / 16; row < rows; row += 2 * plan.warps, skip = 0) {
+            const T* const from = x_from(row, token);
+            for (int at = skip; x_entry + 16 * at < (arrays.columns + 1) / 2; ++at) {
+                const int k = 2 * (x_entry + 16 * at);
+                std::uint32_t word = 0;
+                if (there(row, step))
+                    word = read<std::uint16_t>(from + k) |
+                           static_cast<std::uint32_t>(k + 1 < arrays.columns ? read<std::uint16_t>(from + k + 1) : 0)
+                               << 16;
+                write(x_to(row, x_entry, step) + block_bytes * at, word);
+            }
         }
     };
-    const auto copy_x = [&](int step, int skip) {
-        const int token = tile.token(time_of(step));
-        int row = warp, entry = lane;
-        for (int at = 0; row < rows; ++at, next_entry(row, entry))
-            if (at >= skip) put_x(row, entry, step, find_x(row, entry, step, token));
-    };
-    std::uint32_t coming[ahead_words];  // of x, or gate sums of two rows
+    std::uint32_t coming[ahead_words];  // of x, words or single values; or gate sums of two rows
     const auto load_x = [&](int step, int token) {
-        int row = warp, entry = lane;
+        const int again = found_anew(thread), x_row = again / 16, x_entry = again % 16;
+        const T* const from = x_from(x_row, token) + 2 * x_entry;
+        const int left = there(x_row, step) ? arrays.columns - 2 * x_entry : 0;
+        if (arrays.paired) {
 #pragma unroll
-        for (int at = 0; at < ahead_words; ++at, next_entry(row, entry)) coming[at] = find_x(row, entry, step, token);
+            for (int at = 0; at < ahead_words; ++at)
+                coming[at] = 32 * at < left ? read<std::uint32_t>(from + 32 * at) : 0;
+        } else {
+#pragma unroll
+            for (int at = 0; at < ahead_words; ++at)
+                coming[at] = at / 2 * 32 + at % 2 < left ? read<std::uint16_t>(from + at / 2 * 32 + at % 2) : 0;
+        }
     };
     const auto store_x = [&](int step) {
-        int row = warp, entry = lane;
+        const int again = found_anew(thread), x_row = again / 16, x_entry = again % 16;
+        if (x_row >= rows) return;
+        unsigned char* const to = x_to(x_row, x_entry, step);
+        if (arrays.paired) {
 #pragma unroll
-        for (int at = 0; at < ahead_words; ++at, next_entry(row, entry)) put_x(row, entry, step, coming[at]);
+            for (int at = 0; at < ahead_words; ++at)
+                if (x_entry + 16 * at < (arrays.columns + 1) / 2) write(to + block_bytes * at, coming[at]);
+        } else {
+#pragma unroll
+            for (int at = 0; at < ahead_words / 2; ++at)
+                if (x_entry + 16 * at < (arrays.columns + 1) / 2)
+                    write(to + block_bytes * at, coming[2 * at] | coming[2 * at + 1] << 16);
+        }
     };
-    const bool beyond = (rows + plan.warps - 1) / plan.warps * ((entries + 31) / 32) > ahead_words;
 
     // One thread waits until the layer before has done what input step `step` reads; a block barrier comes before it
     // is read.
@@ -457,19 +480,19 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         return call.progress + 1 + (of_layer * call.directions + side) * plan.tiles + tile_number;
     };
     const auto wait = [&](int step) {
-        if (layer == 0 || thread != 0 || step >= steps) return;
+        if (arrays.layer == 0 || thread != 0 || step >= steps) return;
         for (int side = 0; side < call.directions; ++side) {
             const bool side_backwards = call.directions == 2 ? side == 1 : call.reverse;
             const int need = side_backwards ? steps - time_of(step) : time_of(step) + 1;
             int value = arrays.seen[side];
             while (value < need) {
-                value = load_acquire(flag_of(layer - 1, side));
+                value = load_acquire(flag_of(arrays.layer - 1, side));
                 if (value < need) pause();
             }
             arrays.seen[side] = value;
         }
     };
-    const bool tells = layer + 1 < call.layers;
+    const bool tells = arrays.layer + 1 < call.layers;
 
     int token_now = 0, token_next = 0, token_x = 0;
     if (steps > 0) token_now = tile.token(time_of(0));
@@ -483,7 +506,6 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     }
     block_sync();
 
-    const int values_at = values_place(lane, plan.h_stride), x_values_at = values_place(lane, plan.x_stride);
     float sums[2][2][4];
     const auto multiply = [&](auto unit, int first, int last, const unsigned char* values) {
         constexpr int j = decltype(unit)::value;
@@ -493,14 +515,15 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             if (block >= first && block < last)
                 multiply_block<T>(sums, kept[L::first_of(j) + block],
                                   read<uint4>(values + (block - first) * block_bytes));
-#pragma unroll 2
+#pragma unroll(L::unrolled)
         for (int block = max(here, first); block < last; ++block) {
             Fragments found;
-            read_fragments(found, slots[j] + block * slot_bytes, lane);
+            read_fragments(found, slots[j] + block * slot_bytes, found_anew(thread) % 32);
             multiply_block<T>(sums, found, read<uint4>(values + (block - first) * block_bytes));
         }
     };
     const auto load_sums = [&](int step, int token, int pass, int group) {
+        const int lane = found_anew(thread) % 32, q = lane % 4;
         const int unit = group * 8 + lane / 4;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -515,6 +538,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     // What of a group's sums does not hang on the step before.
     const auto prepare = [&](auto unit, int step, int pass) {
         constexpr int j = decltype(unit)::value;
+        if (j >= mine) return;
+        const int again = found_anew(thread), lane = again % 32, warp = again / 32;
         const float4 bias = biases[(warp + j * plan.warps) * 8 + lane / 4];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -526,9 +551,9 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             for (int tile_at = 0; tile_at < 2; ++tile_at) sums[1][tile_at][e] = sums[1][tile_at][2 + e] = 0.0f;
         }
         if (fused) {
-            if (L::units <= 2 && blocks > h_blocks)
-                multiply(unit, h_blocks, blocks,
-                         x_buffers + step % 3 * x_bytes + pass * 8 * plan.x_stride + x_values_at);
+            if (arrays.blocks > h_blocks)
+                multiply(unit, h_blocks, arrays.blocks,
+                         x_buffers + step % 3 * x_bytes + pass * 8 * plan.x_stride + values_place(lane, plan.x_stride));
             return;
         }
 #pragma unroll
@@ -544,7 +569,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     };
     const auto finish = [&](auto unit, int step, int pass) {
         constexpr int j = decltype(unit)::value;
-        const int group = warp + j * plan.warps, u = group * 8 + lane / 4, t = time_of(step);
+        const int again = found_anew(thread), lane = again % 32, q = lane % 4;
+        const int group = again / 32 + j * plan.warps, u = group * 8 + lane / 4, t = time_of(step);
         bool fresh[2] = {false, false};  // put to the initial state before the next step
         if (call.steps.reset) {
             const int flagged = backwards ? t : t + 1;
@@ -554,11 +580,12 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                 if (flagged > 0 && flagged < tile.lengths[row]) fresh[e] = tile.reset(flagged, row);
             }
         }
-        multiply(unit, 0, h_blocks, h_buffers + (step & 1) * h_bytes + pass * 8 * plan.h_stride + values_at);
+        multiply(unit, 0, h_blocks,
+                 h_buffers + (step & 1) * h_bytes + pass * 8 * plan.h_stride + values_place(lane, plan.h_stride));
         // Late in a step, when what the step before wrote has long arrived: the release waits for it.
         if (j == 0 && tells && thread == 0 && pass == 0 && step % 2 == 1)
-            store_release(flag_of(layer, direction), step);
-        const float2 c_pair = read<float2>(cell_place(pass, group));
+            store_release(flag_of(arrays.layer, arrays.direction), step);
+        const float2 c_pair = read<float2>(cell_place(pass, group, lane));
         float c_of[2] = {c_pair.x, c_pair.y};
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -586,8 +613,8 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                     arrays.c_n[place] = from_float<T>(c);
                 }
                 if (fresh[e]) {
-                    h_next = at_or_zero<T>(call.initial_h, stage * H + u);
-                    c = to_float(at_or_zero<T>(call.initial_c, stage * H + u));
+                    h_next = at_or_zero<T>(call.initial_h, arrays.stage * H + u);
+                    c = to_float(at_or_zero<T>(call.initial_c, arrays.stage * H + u));
                 }
                 c_of[e] = c;
             } else {
@@ -604,7 +631,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             }
             *h_place((step + 1) & 1, row, u) = h_next;
         }
-        write(cell_place(pass, group), make_float2(c_of[0], c_of[1]));
+        write(cell_place(pass, group, lane), make_float2(c_of[0], c_of[1]));
     };
 
     if (steps > 0) {
@@ -617,25 +644,28 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         if (fused) {
             if (step + 2 < steps) {
                 store_x(step + 2);
-                if (beyond) copy_x(step + 2, ahead_words);
+                copy_x(step + 2, arrays.paired ? ahead_words : ahead_words / 2);
             }
             if (step + 3 < steps) load_x(step + 3, token_x);
             if (step + 4 < steps) token_x = tile.token(time_of(step + 4));
         }
-        for (int pass = 0; pass < plan.passes; ++pass)
+        for (int pass = 0; pass < plan.passes; ++pass) {
             each<L::units>([&](auto unit) {
                 constexpr int j = decltype(unit)::value;
-                if (j >= mine) return;
-                if (j > 0 || pass > 0) prepare(unit, step, pass);
-                finish(unit, step, pass);
+                if (j < mine) finish(unit, step, pass);
+                if (j + 1 < mine) prepare(Number<(j + 1) % L::units>(), step, pass);
             });
-        token_now = token_next;
-        token_next = token_later;
+            if (pass + 1 == plan.passes) {
+                token_now = token_next;
+                token_next = token_later;
+            }
+            if (pass + 1 < plan.passes || step + 1 < steps)
+                prepare(Number<0>(), pass + 1 < plan.passes ? step : step + 1, pass + 1 < plan.passes ? pass + 1 : 0);
+        }
         wait(step + 4);
-        if (step + 1 < steps) prepare(Number<0>(), step + 1, 0);
     }
     block_sync();
-    if (tells && thread == 0) store_release(flag_of(layer, direction), steps);
+    if (tells && thread == 0) store_release(flag_of(arrays.layer, arrays.direction), steps);
 
     if (zeros_past) {
         clear_past(arrays.y, tile, steps, H, width);
@@ -652,9 +682,11 @@ const char* start_forward(const ForwardPlan& plan) {
 }
 
 template <class T>
-using SmallForward = Layout<T, 1, 0, 4, 16>;
+using SmallForward = Layout<T, 1, 0, 4, 12>;
 template <class T>
-using MiddleForward = Layout<T, 2, 3, 3, 12>;
+using SquareForward = Layout<T, 1, 0, 3, 16>;
+template <class T>
+using MiddleForward = Layout<T, 2, 3, 2, 12>;
 template <class T>
 using LargeForward = Layout<T, 4, 4, 0, 8>;
 
@@ -682,7 +714,11 @@ bool make_plan(const Forward& call, ForwardPlan* plan) {
     const auto slots = [&](auto layout) {
         return decltype(layout)::slots_before(decltype(layout)::units, plan->groups, plan->warps, h_blocks + x_blocks);
     };
-    const int kept_apart = plan->groups <= 16   ? slots(SmallForward<__half>())
+    const auto more = [&](int passes) {  // warps that bring input alone, 2 rows each
+        return call.sums || plan->groups > 12 ? plan->warps : std::max(plan->warps, std::min(4 * passes, 12));
+    };
+    const int kept_apart = plan->groups <= 12   ? slots(SmallForward<__half>())
+                           : plan->groups <= 16 ? slots(SquareForward<__half>())
                            : plan->groups <= 24 ? slots(MiddleForward<__half>())
                                                 : slots(LargeForward<__half>());
     plan->h_stride = row_bytes(h_blocks);
@@ -691,6 +727,7 @@ bool make_plan(const Forward& call, ForwardPlan* plan) {
     plan->cells_at = plan->bias_at + plan->groups * 8 * 16;
     for (plan->passes = passes_for(call.steps.batch, stages, call.multiprocessors); plan->passes > 0; --plan->passes) {
         const int rows = plan->passes * 8;
+        plan->warps = more(plan->passes);
         plan->h_at = plan->cells_at + rows * plan->groups * 8 * 4;
         plan->x_at = plan->h_at + 2 * rows * plan->h_stride;
         plan->fragments_at = plan->x_at + 3 * rows * plan->x_stride;
@@ -821,12 +858,12 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
     }
 
     // The gradient of the cells on its way from step to step: [half of the tile][row].
-    const auto carried = [&](int pass, int at) {
+    const auto carried = [&](int pass, int at, int lane) {
         return memory + plan.carried_at + ((pass * plan.unit_tiles + at) * 32 + lane) * 16;
     };
     for (int pass = 0; pass < plan.passes; ++pass)
         for (int at = warp; at < plan.unit_tiles; at += plan.warps) {
-            write(carried(pass, at), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+            write(carried(pass, at, lane), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
             for (int place = 0; place < 4; ++place) {
                 const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
                 const int n = tile.first + row;
@@ -838,9 +875,9 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         }
 
     // What a tile reads of a step, on its way while the products before it run.
-    T gate_of[4][4], cell[4], cell_before[4], grad_y[4], grad_cell[4];
+    T gate_of[4][4], cell[4], cell_before[4], grad_y[4];
     const auto load = [&](int step, int token, int token_next, int pass, int at) {
-        const int t = time_of(step);
+        const int t = time_of(step), lane = found_anew(thread) % 32, q = lane % 4;
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
             const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
@@ -859,15 +896,14 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
             grad_y[place] = there && call.grad_outputs
                                 ? arrays.grad_outputs[static_cast<std::int64_t>(token + n) * width + unit]
                                 : zero;
-            grad_cell[place] = there && call.grad_cells ? arrays.grad_cells[place_now] : zero;
         }
     };
 
-    const int values_at = values_place(lane, plan.stride);
     const auto work = [&](auto number, int step, int token, int pass) {
         constexpr int j = decltype(number)::value;
         constexpr int here = L::kept_of(j);
-        const int at = warp + j * plan.warps, t = time_of(step);
+        const int again = found_anew(thread), lane = again % 32, q = lane % 4;
+        const int at = again / 32 + j * plan.warps, t = time_of(step);
         bool cut[2] = {false, false};    // from the step that the sweep has just left
         bool fresh[2] = {false, false};  // the step began from the initial state
         int length[2];
@@ -883,13 +919,13 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         float sums[2][2][4] = {};
         if (step > 0) {
             const unsigned char* const values =
-                buffers + ((step - 1) & 1) * buffer_bytes + pass * 8 * plan.stride + values_at;
+                buffers + ((step - 1) & 1) * buffer_bytes + pass * 8 * plan.stride + values_place(lane, plan.stride);
 #pragma unroll
             for (int pair = 0; pair < here; ++pair)
                 if (pair < pairs)
                     multiply_pair<T>(sums, kept[L::first_of(j) + pair], read<uint4>(values + pair * 2 * block_bytes),
                                      read<uint4>(values + pair * 2 * block_bytes + block_bytes));
-#pragma unroll 2
+#pragma unroll(L::unrolled)
             for (int pair = here; pair < pairs; ++pair) {
                 Fragments found;
                 read_fragments(found, slots[j] + pair * slot_bytes, lane);
@@ -897,7 +933,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                                  read<uint4>(values + pair * 2 * block_bytes + block_bytes));
             }
         }
-        const float4 dc_quad = read<float4>(carried(pass, at));
+        const float4 dc_quad = read<float4>(carried(pass, at, lane));
         float dc_of[4] = {dc_quad.x, dc_quad.y, dc_quad.z, dc_quad.w};
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
@@ -925,7 +961,9 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                                               : to_float(cell_before[place]);
                 const float tanh_c = tanh_for(to_float(cell[place]), T());
                 dh += to_float(grad_y[place]);
-                dc += dh * o * (1.0f - tanh_c * tanh_c) + to_float(grad_cell[place]);
+                dc += dh * o * (1.0f - tanh_c * tanh_c) +
+                      (call.grad_cells ? to_float(arrays.grad_cells[static_cast<std::int64_t>(token + n) * H + unit])
+                                       : 0.0f);
                 results[0] = from_float<T>(dc * g * i * (1.0f - i));
                 results[1] = from_float<T>(dc * before * f * (1.0f - f));
                 results[2] = from_float<T>(dc * i * (1.0f - g * g));
@@ -943,7 +981,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
             write(buffers + (step & 1) * buffer_bytes + row * plan.stride + chunk_of(unit / 2, row) * 16 + unit % 2 * 8,
                   make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
         }
-        write(carried(pass, at), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
+        write(carried(pass, at, lane), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
     };
 
     int token_now = token_of(0), token_next = token_of(1), token_later = token_of(2);
@@ -981,7 +1019,7 @@ const char* start_backward(const BackwardPlan& plan) {
 template <class T>
 using SmallBackward = Layout<T, 1, 0, 8, 8>;
 template <class T>
-using MiddleBackward = Layout<T, 1, 0, 5, 12>;
+using MiddleBackward = Layout<T, 1, 0, 4, 12>;
 template <class T>
 using LargeBackward = Layout<T, 2, 11, 0, 7>;
 
@@ -992,12 +1030,12 @@ bool make_plan(const Backward& call, BackwardPlan* plan) {
         return false;
     plan->call = call;
     plan->unit_tiles = (H + 15) / 16;
-    plan->warps = plan->unit_tiles <= 12 ? plan->unit_tiles : 7;
+    plan->warps = plan->unit_tiles <= 11 ? plan->unit_tiles : 7;
     const auto slots = [&](auto layout) {
         return decltype(layout)::slots_before(decltype(layout)::units, plan->unit_tiles, plan->warps, plan->unit_tiles);
     };
     const int kept_apart = plan->unit_tiles <= 8    ? slots(SmallBackward<__half>())
-                           : plan->unit_tiles <= 12 ? slots(MiddleBackward<__half>())
+                           : plan->unit_tiles <= 11 ? slots(MiddleBackward<__half>())
                                                     : slots(LargeBackward<__half>());
     plan->stride = row_bytes(2 * plan->unit_tiles);
     plan->carried_at = header_bytes;
@@ -1015,7 +1053,8 @@ bool make_plan(const Backward& call, BackwardPlan* plan) {
 
 template <class T>
 const char* start(const ForwardPlan& plan) {
-    return plan.groups <= 16   ? start_forward<SmallForward<T>>(plan)
+    return plan.groups <= 12   ? start_forward<SmallForward<T>>(plan)
+           : plan.groups <= 16 ? start_forward<SquareForward<T>>(plan)
            : plan.groups <= 24 ? start_forward<MiddleForward<T>>(plan)
                                : start_forward<LargeForward<T>>(plan);
 }
@@ -1023,7 +1062,7 @@ const char* start(const ForwardPlan& plan) {
 template <class T>
 const char* start(const BackwardPlan& plan) {
     return plan.unit_tiles <= 8    ? start_backward<SmallBackward<T>>(plan)
-           : plan.unit_tiles <= 12 ? start_backward<MiddleBackward<T>>(plan)
+           : plan.unit_tiles <= 11 ? start_backward<MiddleBackward<T>>(plan)
                                    : start_backward<LargeBackward<T>>(plan);
 }
 
