@@ -304,7 +304,7 @@ def test_model(ops, name, dtype):
     check_run(ops, chain, torch.stack([x, x], -1)[..., 0], h.mT.contiguous().mT, c)
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", [name for name in CHAINS if name != "deep"])  # which would take a minute
 def test_lengths_and_resets(ops, name):
     chain = make_chain(name)
     x, (h, c) = steps_of(chain, 5), state_of(chain, 5)
