@@ -31,7 +31,7 @@ def main() -> int:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             for sizes in SIZES:
                 for options in OPTIONS if sizes[3] < 40 else OPTIONS[:1]:
-                    if not takes(kernel, dtype, sizes[3]):
+                    if not takes(kernel, dtype, sizes[3], sizes[5]):
                         continue
                     problem = Problem(sizes, dtype, target.device, **options)
                     try:

@@ -43,8 +43,8 @@ def device(target: Target) -> Target:
 
 def check(target: Target, kernel: str, sizes: tuple[int, ...], dtype: torch.dtype, **options: Any) -> None:
     gradients = options.pop("gradients", True)
-    if not takes(kernel, dtype, sizes[3]):
-        pytest.skip(f"{kernel} is not for H = {sizes[3]} in {dtype}")
+    if not takes(kernel, dtype, sizes[3], sizes[5]):
+        pytest.skip(f"{kernel} is not for H = {sizes[3]} in {dtype} in {sizes[5]} directions")
     problem = Problem(sizes, dtype, target.device, **options)  # type: ignore[arg-type]
     with forced(kernel):
         assert not wrong(target, problem, gradients)
@@ -101,9 +101,10 @@ def test_nothing_in_the_batch(target: Target, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_strides(target: Target, kernel: str) -> None:
     """What a batch-first caller hands over, and rows of a wider array: the answer of a copy."""
-    problem = Problem((6, 4, 3, 11, 1, 1), torch.float32, target.device)
+    dtype = torch.float16 if kernel == "tensor" else torch.float32
+    problem = Problem((6, 4, 3, 11, 1, 1), dtype, target.device)
     x, *rest = problem.arguments(False)
-    wide = torch.full((4, 6, 8), float("nan"), device=target.device)
+    wide = torch.full((4, 6, 8), float("nan"), dtype=dtype, device=target.device)
     wide[:, :, 2:5] = x.transpose(0, 1)
     with forced(kernel):
         expected = target.ops.lstm_layers(x, *rest)

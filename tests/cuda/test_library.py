@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-BUILT = ROOT / "build/cuda/csrc/ops"
+from cellstep.ops import library_path
+
+LIBRARY = Path(__file__).parents[2] / "build/cuda/csrc/ops/cuda/libcellstep_ops_cuda.so"
 OPERATORS = [
     *("lstm_cell", "lstm_cell_backward", "lstm_layer", "lstm_layer_backward", "lstm_packed", "lstm_packed_backward"),
     *("lstm_layers", "lstm_layers_backward", "lstm_variant", "dense", "activate", "run_records", "has_kernels"),
@@ -26,10 +27,9 @@ print(torch.__version__)
 
 @pytest.fixture
 def library():
-    path = BUILT / "cuda/libcellstep_ops_cuda.so"
-    if not path.exists():
+    if not LIBRARY.exists():
         pytest.skip("make cuda has not been run")
-    return path
+    return LIBRARY
 
 
 def test_needs_the_libraries_it_takes_symbols_from(library):
@@ -45,7 +45,7 @@ def test_loads_into_a_cuda_torch(library):
     site = os.environ.get("CELLSTEP_CUDA_TORCH")
     if not site:
         pytest.skip("CELLSTEP_CUDA_TORCH is not set")
-    command = [sys.executable, "-S", "-c", PROGRAM, BUILT / "libcellstep_ops.so", library, *OPERATORS]
+    command = [sys.executable, "-S", "-c", PROGRAM, library_path, library, *OPERATORS]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": site})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "+cu" in done.stdout
