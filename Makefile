@@ -43,8 +43,10 @@ demo: venv
 	@mkdir -p demo
 	@$(BIN)/python examples/demo.py demo
 
+# Two runs, as each folder has a conftest.py of its own.
 test: venv lint
 	$(BIN)/pytest
+	$(BIN)/pytest tests/cuda
 
 test-embedded: venv
 	@scripts/embedded_tools.sh
