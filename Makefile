@@ -1,9 +1,11 @@
 # Two commands do everything on a machine with Python 3.10 or later and a C++ compiler:
 #   make demo   train on the sample series, export, run everywhere, agreement table, plot
 #   make test   all checks and tests
-# and three more:
+# and five more:
 #   make test-embedded  the torch-free runtime on every target that it names, emulated where it must be
 #   make bench          cellstep beside its peers on this machine's CPU; exit code 1 where a row falls short
+#   make cuda           the CUDA library, into the environment: needs neither a GPU nor a CUDA toolkit
+#   make cuda-check     on a machine with a GPU: builds, tests and times the CUDA kernels within ten minutes
 #   make fuzz           what breaks: FUZZ_SECONDS of each fuzzer, with clang's libFuzzer
 # PYTHON picks the interpreter. TORCH picks the torch to install: pip takes a CPU build of it where it can find one.
 PYTHON ?= python3
@@ -13,9 +15,9 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
-CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
+CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-embedded bench bench-runtime fuzz venv lint format clean
+.PHONY: demo test test-embedded bench bench-runtime cuda cuda-check fuzz venv lint format clean
 
 venv: .venv/.installed
 
@@ -41,8 +43,10 @@ demo: venv
 	@mkdir -p demo
 	@$(BIN)/python examples/demo.py demo
 
+# Two runs, as each folder has a conftest.py of its own.
 test: venv lint
 	$(BIN)/pytest
+	$(BIN)/pytest tests/cuda
 
 test-embedded: venv
 	@scripts/embedded_tools.sh
@@ -56,9 +60,30 @@ bench: .venv/.bench
 bench-runtime: .venv/.bench
 	@$(BIN)/python benchmarks/cpu.py --only runtime --output benchmarks/results/runtime.json
 
+# On a machine with a GPU, with the Python that has its torch; CUDA_CHECK takes options, such as --tune or --dry-run.
+cuda-check:
+	@$(PYTHON) scripts/cuda_check.py $(CUDA_CHECK)
+
 .venv/.bench: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[bench]"
 	@touch $@
+
+# nvcc from PATH, or else from PyPI.
+CUDA_WHEELS := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-cccl nvidia-cuda-runtime
+NVCC := $(or $(shell command -v nvcc),$(CURDIR)/.venv/cuda/nvcc)
+cuda: venv $(NVCC)
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DCELLSTEP_BUILD_CUDA=ON \
+	  -DCELLSTEP_BUILD_TOOLS=OFF -DCMAKE_CUDA_COMPILER=$(NVCC) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/cuda --target cellstep_ops_cuda
+	cp build/cuda/csrc/ops/cuda/libcellstep_ops_cuda.so \
+	  $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('cellstep').submodule_search_locations[0])")/lib
+	$(BIN)/pytest tests/cuda/test_library.py
+
+.venv/cuda/nvcc: | venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CUDA_WHEELS:=~=13.0.0)
+	@mkdir -p $(@D)
+	@root=$$($(BIN)/python -c "import nvidia.cu13 as n; print(list(n.__path__)[0])") && \
+	  printf '#!/bin/sh\nexec %s/bin/nvcc -L%s/lib "$$@"\n' $$root $$root > $@ && chmod +x $@
 
 FUZZ_SECONDS ?= 60
 fuzz: venv

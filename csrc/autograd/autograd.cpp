@@ -274,8 +274,11 @@ Tensor activate(const Tensor& x, std::int64_t activation) {
 template <class F>
 void boxed(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
     variable_list arguments;
-    for (const c10::IValue& value : torch::jit::last(*stack, operation.schema().arguments().size()))
+    for (const c10::IValue& value : torch::jit::last(*stack, operation.schema().arguments().size())) {
         if (value.isTensor() && value.toTensor().defined()) arguments.push_back(value.toTensor());
+        if (value.isTensorList())
+            for (const Tensor& tensor : value.toTensorVector()) arguments.push_back(tensor);
+    }
     const at::TensorList tensors(arguments);
     for (Tensor& result :
          compute_requires_grad(tensors) ? F::apply(tensors, operation, stack) : run_boxed(operation, stack))
@@ -302,6 +305,9 @@ constexpr char backward_operator_error[] =
 constexpr char packed_error[] =
     "cellstep::autograd: expected no backward pass through lstm_packed, which has gradients in Python alone; got one; "
     "call lstm_layer or lstm_variant on a padded batch";
+constexpr char layers_error[] =
+    "cellstep::autograd: expected no backward pass through lstm_layers, which runs on CUDA and has gradients in Python "
+    "alone; got one; train on the CPU, or in Python";
 
 std::optional<torch::Library> library;
 
@@ -329,9 +335,10 @@ std::string register_gradients() noexcept {
         library->impl("dense", TORCH_FN(dense));
         library->impl("activate", TORCH_FN(activate));
         library->impl("lstm_variant", torch::CppFunction::makeFromBoxedFunction<boxed<LstmVariant>>());
-        library->impl("run_model",
-                      torch::CppFunction::makeFromBoxedFunction<boxed<WithoutGradient<run_model_error>>>());
+        for (const char* name : {"run_model", "run_records"})
+            library->impl(name, torch::CppFunction::makeFromBoxedFunction<boxed<WithoutGradient<run_model_error>>>());
         library->impl("lstm_packed", torch::CppFunction::makeFromBoxedFunction<boxed<WithoutGradient<packed_error>>>());
+        library->impl("lstm_layers", torch::CppFunction::makeFromBoxedFunction<boxed<WithoutGradient<layers_error>>>());
         for (const char* name : {"lstm_layer_backward", "lstm_cell_backward", "lstm_packed_backward"})
             library->impl(name,
                           torch::CppFunction::makeFromBoxedFunction<boxed<WithoutGradient<backward_operator_error>>>());

@@ -209,13 +209,13 @@ private:
 /// Errors: argument, alignment (8 bytes), magic, version, newer, length, format, dtype, unsupported.
 ImageStatus open_image(const void* data, std::size_t size, Image* image);
 
-/// Whether a layer runs backwards in time as well, so that a sequence cannot be cut into calls.
-bool is_bidirectional(const Image& image) CELLSTEP_NONBLOCKING;
-
 /// The same of the header and the records alone, which lie in `size` bytes, of an image of `length` bytes whose data
 /// lie elsewhere: the image then has no data() and no names, and what the data say of themselves (columns of a skip,
 /// names) is not checked.
 ImageStatus open_records(const void* data, std::size_t size, std::uint64_t length, Image* image);
+
+/// Whether a layer runs backwards in time as well, so that a sequence cannot be cut into calls.
+bool is_bidirectional(const Image& image) CELLSTEP_NONBLOCKING;
 
 /// Values that a caller takes.
 enum class Values { finite, any };

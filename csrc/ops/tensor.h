@@ -1,8 +1,13 @@
 /// The bridge from stable tensors to the core's pointers: checks, allocation, views. Every use of torch's stable ABI
-/// outside the registration goes through this header.
+/// outside the registration goes through this header; with CELLSTEP_CUDA it is the bridge to CUDA's tensors, and
+/// cuda/tensor.h has what there is to a device beside memory.
 #pragma once
 
+#if defined(CELLSTEP_CUDA)
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#else
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -40,6 +45,20 @@ inline std::string shape_text(const Tensor& tensor) {
     return text.str();
 }
 
+#if defined(CELLSTEP_CUDA)
+constexpr const char* where = "the CUDA device";
+constexpr const char* remedy = ".cuda()";
+inline bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
+inline bool is_together(const Tensor& tensor, const Tensor& x) {
+    return tensor.is_cuda() && tensor.get_device_index() == x.get_device_index();
+}
+#else
+constexpr const char* where = "the CPU";
+constexpr const char* remedy = ".cpu()";
+inline bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+inline bool is_together(const Tensor& tensor, const Tensor&) { return tensor.is_cpu(); }
+#endif
+
 inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }
 
 inline const char* dtype_text(const Tensor& tensor) {
@@ -59,18 +78,31 @@ inline const char* dtype_text(const Tensor& tensor) {
     }
 }
 
+/// The types that the operators of this library take.
+#if defined(CELLSTEP_CUDA) || defined(CELLSTEP_EMULATED)
+constexpr const char* types_text = "float32, float64, float16 or bfloat16";
+inline bool has_kernels_of(ScalarType type) {
+    return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+           type == ScalarType::BFloat16;
+}
+#else
+constexpr const char* types_text = "float32 or float64";
+inline bool has_kernels_of(ScalarType type) { return type == ScalarType::Float || type == ScalarType::Double; }
+#endif
+
 /// The input that decides dtype and device; `op` names the operator in every error.
 inline void check_input(const char* op, const char* name, const Tensor& x, std::int64_t dim) {
-    if (!x.is_cpu()) fail(op, ": expected ", name, " on the CPU, got another device: move it with .cpu()");
-    if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)
-        fail(op, ": expected ", name, " of float32 or float64, got ", dtype_text(x), ": convert it with .float()");
+    if (!is_here(x)) fail(op, ": expected ", name, " on ", where, ", got another device: move it with ", remedy);
+    if (!has_kernels_of(x.scalar_type()))
+        fail(op, ": expected ", name, " of ", types_text, ", got ", dtype_text(x), ": convert it with .float()");
     if (x.dim() != dim) fail(op, ": expected ", name, " with ", dim, " dimensions, got shape ", shape_text(x));
 }
 
 /// An argument that must match the input's dtype and device and have the sizes that the other arguments imply.
 inline void check_argument(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                            std::initializer_list<std::int64_t> sizes) {
-    if (!tensor.is_cpu()) fail(op, ": expected ", name, " on the CPU like the input, got another device: move it");
+    if (!is_together(tensor, x))
+        fail(op, ": expected ", name, " on ", where, " like the input, got another device: move it");
     if (tensor.scalar_type() != x.scalar_type())
         fail(op, ": expected ", name, " of ", dtype_text(x), " like the input, got ", dtype_text(tensor),
              ": convert one of them");
@@ -88,11 +120,11 @@ inline void check_argument(const char* op, const char* name, const Tensor& tenso
          ": check the sizes of input, state and weights");
 }
 
-/// A tensor of flags on the CPU with these sizes, any strides.
+/// A tensor of flags where the operator runs, with these sizes, any strides.
 inline void check_mask(const char* op, const char* name, const Tensor& mask,
                        std::initializer_list<std::int64_t> sizes) {
-    if (!mask.is_cpu() || mask.scalar_type() != ScalarType::Bool)
-        fail(op, ": expected ", name, " as bool on the CPU, got another type or device: convert it with .bool()");
+    if (!is_here(mask) || mask.scalar_type() != ScalarType::Bool)
+        fail(op, ": expected ", name, " as bool on ", where, ", got another type or device: convert it with .bool()");
     check_argument(op, name, mask, mask, sizes);
 }
 
@@ -109,9 +141,14 @@ inline Tensor empty(const Tensor& x, std::size_t dims, const std::int64_t* sizes
     }
     std::int32_t dtype = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+#if defined(CELLSTEP_CUDA)
+    const std::int32_t device = aoti_torch_device_type_cuda(), index = x.get_device_index();
+#else
+    const std::int32_t device = aoti_torch_device_type_cpu(), index = 0;
+#endif
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(dims), sizes, strides, dtype,
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(static_cast<std::int64_t>(dims), sizes, strides, dtype, device, index, &handle));
     return Tensor(handle);
 }
 
@@ -120,8 +157,13 @@ inline Tensor empty(const Tensor& x, std::initializer_list<std::int64_t> sizes) 
 }
 
 inline Tensor zeros(const Tensor& x, std::initializer_list<std::int64_t> sizes) {
+#if defined(CELLSTEP_CUDA)
+    Tensor tensor = empty(x, sizes);
+    torch::stable::zero_(tensor);
+#else
     const Tensor tensor = empty(x, sizes);
     std::memset(tensor.mutable_data_ptr(), 0, static_cast<std::size_t>(tensor.numel()) * tensor.element_size());
+#endif
     return tensor;
 }
 
@@ -132,6 +174,9 @@ inline Tensor as_contiguous(const Tensor& tensor) {
 
 /// A contiguous copy, also of a tensor that is contiguous already.
 inline Tensor copy_of(const Tensor& tensor) {
+#if defined(CELLSTEP_CUDA)
+    return torch::stable::clone(as_contiguous(tensor));
+#else
     const std::size_t dims = static_cast<std::size_t>(tensor.dim());
     if (!tensor.is_contiguous() || dims > max_dims) return torch::stable::clone(as_contiguous(tensor));
     std::int64_t sizes[max_dims];
@@ -141,6 +186,7 @@ inline Tensor copy_of(const Tensor& tensor) {
         static_cast<std::size_t>(tensor.numel()) * static_cast<std::size_t>(tensor.element_size());
     if (bytes > 0) std::memcpy(copy.mutable_data_ptr(), tensor.const_data_ptr(), bytes);
     return copy;
+#endif
 }
 
 template <class T>
@@ -188,13 +234,25 @@ inline Tensor transposed(const Tensor& tensor) {
     return view_of(tensor, {tensor.size(1), tensor.size(0)}, {1, tensor.size(1)});
 }
 
-/// target = a b on torch's matrix product, with its threads; target += a b if `add`.
+/// target = start + a b on torch's matrix product; start is as large as target, or a row that is added to each.
+inline void multiply_onto(const Tensor& start, const Tensor& a, const Tensor& b, const Tensor& target) {
+#if defined(CELLSTEP_CUDA)
+    constexpr auto sum = aoti_torch_cuda_addmm_out;
+#else
+    constexpr auto sum = aoti_torch_cpu_addmm_out;
+#endif
+    STABLE_TORCH_ERROR_CODE_CHECK(sum(target.get(), start.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+/// target = a b; target += a b if `add`.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& target, bool add = false) {
-    if (add) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(target.get(), target.get(), a.get(), b.get(), 1.0, 1.0));
-    } else {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(target.get(), a.get(), b.get()));
-    }
+#if defined(CELLSTEP_CUDA)
+    constexpr auto product = aoti_torch_cuda_mm_out;
+#else
+    constexpr auto product = aoti_torch_cpu_mm_out;
+#endif
+    if (add) return multiply_onto(target, a, b, target);
+    STABLE_TORCH_ERROR_CODE_CHECK(product(target.get(), a.get(), b.get()));
 }
 
 inline std::size_t size(const Tensor& tensor, std::int64_t dim) { return static_cast<std::size_t>(tensor.size(dim)); }

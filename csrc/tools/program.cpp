@@ -17,7 +17,7 @@ namespace {
 std::string usage(const Program& program) {
     std::string text = std::string("usage: ") + program.name + " " + program.model +
                        " INPUT.csv [--stream] [--window N] [--stride N] [--repeat N] [--output FILE]";
-    if (program.takes_libtorch) text += " [--threads N] [--library LIB]...";
+    if (program.takes_libtorch) text += " [--threads N] [--device cpu|cuda] [--library LIB]...";
     return text;
 }
 
@@ -33,6 +33,7 @@ std::string help(const Program& program) {
     if (program.takes_libtorch)
         text +=
             "  --threads N    threads inside torch; default 1\n"
+            "  --device D     cpu or cuda; default cpu\n"
             "  --library LIB  load a library that registers further operators; may be repeated\n";
     return text + "  --version      print the version\n";
 }
@@ -68,7 +69,11 @@ Options parse(const Program& program, const std::vector<std::string>& arguments)
             options.output = value();
         else if (program.takes_libtorch && flag == "--threads")
             options.threads = static_cast<int>(number(flag, value()));
-        else if (program.takes_libtorch && flag == "--library")
+        else if (program.takes_libtorch && flag == "--device") {
+            options.device = value();
+            if (options.device != "cpu" && options.device != "cuda")
+                throw UserError("expected cpu or cuda after --device; got '" + options.device + "'");
+        } else if (program.takes_libtorch && flag == "--library")
             options.libraries.push_back(value());
         else
             throw UserError("expected one of the flags that --help lists; got '" + flag + "'; " + usage(program));

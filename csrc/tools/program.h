@@ -21,6 +21,7 @@ struct Options {
     std::size_t stride = 1;
     std::size_t repeat = 0;
     int threads = 1;
+    std::string device = "cpu";  ///< or "cuda"
     std::vector<std::string> libraries;
 };
 
@@ -48,7 +49,7 @@ public:
 struct Program {
     const char* name;
     const char* model;    ///< what the model argument is, for the usage line
-    bool takes_libtorch;  ///< knows --threads and --library
+    bool takes_libtorch;  ///< knows --threads, --device and --library
     std::function<std::unique_ptr<Runner>(const Options&)> load;
 };
 

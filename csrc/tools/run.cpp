@@ -1,5 +1,6 @@
 // cellstep-run: run a TorchScript model or a compiled package on a CSV file through libtorch, tuned as a deployer
 // would.
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/InferenceMode.h>
@@ -11,6 +12,7 @@
 
 #include <cctype>
 #include <fstream>
+#include <iostream>
 #include <map>
 #include <memory>
 #include <optional>
@@ -89,6 +91,8 @@ void check_operators(const std::string& path) {
 /// What both kinds of models share.
 class LibtorchRunner : public Runner {
 protected:
+    explicit LibtorchRunner(const Options& options) : device_(options.device) {}
+
     std::int64_t inputs() const { return static_cast<std::int64_t>(input_size); }
 
     template <class Call>
@@ -106,11 +110,11 @@ protected:
 
     at::Tensor tensor(const float* x, at::IntArrayRef sizes) const {
         const at::Tensor view = at::from_blob(const_cast<float*>(x), sizes, at::kFloat);
-        return dtype_ == at::kFloat ? view : view.to(dtype_);
+        return dtype_ == at::kFloat && device_.is_cpu() ? view : view.to(device_, dtype_);
     }
 
     void answer(const at::Tensor& result, std::size_t steps, float* y) const {
-        const at::Tensor values = result.to(at::kFloat).contiguous();
+        const at::Tensor values = result.to(at::kCPU, at::kFloat).contiguous();
         if (values.numel() != static_cast<std::int64_t>(steps * output_size))
             throw UserError("expected " + std::to_string(steps * output_size) +
                             " outputs as output_size says; the model gave " + std::to_string(values.numel()));
@@ -119,11 +123,12 @@ protected:
 
     c10::InferenceMode inference_;
     at::ScalarType dtype_ = at::kFloat;
+    at::Device device_;
 };
 
 class ScriptRunner : public LibtorchRunner {
 public:
-    explicit ScriptRunner(const Options& options) {
+    explicit ScriptRunner(const Options& options) : LibtorchRunner(options) {
         // The executor without profiles: the one with them recompiles while it watches, and the older one compares
         // every argument's type in every call. For a graph of one operator neither makes a later call faster.
         torch::jit::getProfilingMode() = false;
@@ -141,6 +146,7 @@ public:
                             first_sentence(error) + "); export it again");
         }
         module_.eval();
+        if (!device_.is_cpu()) module_.to(device_);
         input_size = static_cast<std::size_t>(attribute("input_size"));
         output_size = static_cast<std::size_t>(attribute("output_size"));
         window = static_cast<std::size_t>(attribute("window"));
@@ -208,7 +214,9 @@ public:
         : path_(path), values_(torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "forward")) {}
 
     const std::string& text(const std::string& name) const {
+        static const std::string cpu = "cpu";
         const auto found = values_.find(name);
+        if (found == values_.end() && name == "device") return cpu;  // written before there was another
         if (found == values_.end())
             throw UserError("expected a package that cellstep exported; '" + path_ + "' lacks " + name +
                             "; export it with cellstep.export");
@@ -241,7 +249,7 @@ public:
         std::istringstream stream(text("initial_" + name));
         at::Tensor values = at::empty({rows, 1, size}, at::kDouble);
         for (std::int64_t at = 0; at < values.numel(); ++at) stream >> values.mutable_data_ptr<double>()[at];
-        return values.to(text("dtype") == "float64" ? at::kDouble : at::kFloat);
+        return values.to(at::Device(text("device")), text("dtype") == "float64" ? at::kDouble : at::kFloat);
     }
 
 private:
@@ -252,7 +260,7 @@ private:
 /// A .pt2 package: its programs are loaded as they are needed.
 class PackageRunner : public LibtorchRunner {
 public:
-    explicit PackageRunner(const Options& options) : path_(options.model) {
+    explicit PackageRunner(const Options& options) : LibtorchRunner(options), path_(options.model) {
         if (!std::ifstream(path_, std::ios::binary))
             throw UserError("expected a package at '" + path_ + "'; it cannot be read; check the path");
         try {
@@ -261,6 +269,9 @@ public:
             output_size = static_cast<std::size_t>(metadata.number("output_size"));
             window = static_cast<std::size_t>(metadata.number("window"));
             every_step = metadata.text("answers") == "every";
+            if (const std::string compiled = metadata.text("device"); compiled != options.device)
+                throw UserError("expected --device " + compiled + ", as '" + path_ + "' is compiled for that; got " +
+                                options.device + "; export the model from " + options.device);
             feature_names = metadata.names("feature_names");
             output_names = metadata.names("output_names");
             initial_ = {metadata.state("h", metadata.number("state_layers"), metadata.number("h_size")),
@@ -305,6 +316,14 @@ std::unique_ptr<Runner> load(const Options& options) {
     for (const std::string& library : options.libraries)
         if (!dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL))
             throw UserError("expected a library at --library; '" + library + "' cannot be loaded: " + dlerror());
+    if (options.device == "cuda") {
+        // First, as it brings libtorch_cuda, without which torch knows of no device.
+        const bool kernels = cellstep_register_cuda() == 1;
+        if (!at::hasCUDA())
+            throw UserError(std::string("expected a CUDA device for --device cuda; torch finds none") +
+                            (kernels ? "" : std::string(" (") + cellstep_cuda_error() + ")") + "; leave --device out");
+        if (!kernels) std::cerr << "note: on CUDA without cellstep's kernels: " << cellstep_cuda_error() << std::endl;
+    }
     const std::string& path = options.model;
     if (path.size() > 4 && path.compare(path.size() - 4, 4, ".pt2") == 0)
         return std::make_unique<PackageRunner>(options);

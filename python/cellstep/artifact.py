@@ -187,14 +187,16 @@ class TorchArtifact(Artifact):
     def __init__(self, path: str, module: Any) -> None:
         super().__init__(path, module)
         self.module = module
-        self.dtype = np.dtype(str(module.initial_state(1)[0].dtype).removeprefix("torch."))
+        h, _ = module.initial_state(1)
+        self.device = h.device
+        self.dtype = np.dtype(str(h.dtype).removeprefix("torch."))
 
     def _initial(self) -> State:
         import torch
 
         with torch.inference_mode():
             h, c = self.module.initial_state(1)
-        return h.detach().numpy(), c.detach().numpy()
+        return h.detach().cpu().numpy(), c.detach().cpu().numpy()
 
     def _run(self, x: Array, state: State) -> tuple[Array, State]:
         return self._call(self.module.run, x, state)
@@ -205,15 +207,15 @@ class TorchArtifact(Artifact):
     def _run_parted(self, x: Array, state: State, reset: Array) -> tuple[Array, State]:
         import torch
 
-        return self._call(self.module.run, x, state, torch.tensor(reset))
+        return self._call(self.module.run, x, state, torch.tensor(reset, device=self.device))
 
-    @staticmethod
-    def _call(method: Any, x: Array, state: State, *more: Any) -> tuple[Array, State]:
+    def _call(self, method: Any, x: Array, state: State, *more: Any) -> tuple[Array, State]:
         import torch
 
         with torch.inference_mode():
-            y, (h, c) = method(torch.tensor(x), (torch.tensor(state[0]), torch.tensor(state[1])), *more)
-        return y.numpy(), (h.numpy(), c.numpy())
+            inputs, h, c = (torch.tensor(part, device=self.device) for part in (x, *state))
+            y, (h, c) = method(inputs, (h, c), *more)
+        return y.cpu().numpy(), (h.cpu().numpy(), c.cpu().numpy())
 
 
 class PackageArtifact(TorchArtifact):
@@ -229,7 +231,7 @@ class PackageArtifact(TorchArtifact):
     def _window(self, x: Array) -> Array:
         import torch
 
-        y: Array = self.module.forward(torch.tensor(x)).numpy()
+        y: Array = self.module.forward(torch.tensor(x, device=self.device)).cpu().numpy()
         return y
 
 
@@ -369,18 +371,45 @@ class DeployArtifact(Artifact):
         return y, (h, c)
 
 
-def load(path: str | os.PathLike[str]) -> Artifact:
+def _torch_device(device: Any) -> Any:
+    """ValueError for what is no device of torch's, or one that is not here."""
+    import torch
+
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"expected a device that torch can use here, such as 'cpu' or 'cuda'; got {str(device)!r}: {reason}"
+        ) from None
+    return found
+
+
+def load(path: str | os.PathLike[str], device: Any = None) -> Artifact:
     """Load an artifact by its suffix.
 
     They are ``.pt``, ``.pt2``, ``.onnx``, ``.pte``, ``.cellstep``, ``.h`` and ``.safetensors``.
 
+    Args:
+        device: where the calls run, as torch names it; arrays go there and back. ``.pt`` and ``.safetensors`` run on
+            any, a ``.pt2`` on the kind that it was compiled for, which is its default, all others on the CPU alone.
+
     Raises:
         OSError: the file cannot be read.
-        ValueError: the suffix is unknown, or the file is not what its suffix says.
+        ValueError: the suffix is unknown, or the file is not what its suffix says, or cannot run on the device.
         ImportError: a package that runs this kind of file is not installed.
     """
     name = os.fspath(path)
     suffix = Path(name).suffix
+    if device is not None and suffix in (".cellstep", ".h", ".onnx", ".pte"):
+        if str(device) != "cpu":
+            raise ValueError(
+                f"expected a .pt, .pt2 or .safetensors file for device={str(device)!r}; got '{name}', which runs on "
+                "the CPU; export it as one of those"
+            )
+    elif device is not None and suffix in (".pt", ".pt2", ".safetensors"):
+        device = _torch_device(device)
     if suffix == ".cellstep":
         return DeployArtifact(name)
     if suffix == ".h":
@@ -390,7 +419,7 @@ def load(path: str | os.PathLike[str]) -> Artifact:
     if suffix == ".pt2":
         from cellstep.exporters.package import load_package
 
-        return PackageArtifact(name, load_package(name))
+        return PackageArtifact(name, load_package(name, device))
     if suffix == ".onnx":
         return OnnxArtifact(name)
     if suffix == ".pte":
@@ -398,14 +427,14 @@ def load(path: str | os.PathLike[str]) -> Artifact:
     if suffix == ".pt":
         from cellstep.exporters.torchscript import load_torchscript
 
-        return TorchArtifact(name, load_torchscript(name))
+        return TorchArtifact(name, load_torchscript(name, device or "cpu"))
     if suffix == ".safetensors":
         from cellstep.exporters import load_model
 
         model = load_model(name).eval()
         if str(model.dtype) not in ("torch.float32", "torch.float64"):
             model = model.float()  # NumPy has no bfloat16
-        return TorchArtifact(name, model)
+        return TorchArtifact(name, model if device is None else model.to(device))
     raise ValueError(
         f"expected a file that ends in .pt, .pt2, .onnx, .pte, .cellstep, .h or .safetensors; got '{name}'; "
         "name an artifact"

@@ -281,6 +281,7 @@ def run(
     window: Annotated[Optional[int], typer.Option(min=1, help="Rows of a window; default: as trained.")] = None,  # noqa: UP045
     stride: Annotated[int, typer.Option(min=1, help="Rows from one window to the next.")] = 1,
     repeat: Annotated[Optional[int], typer.Option(min=1, help="Then time so many calls.")] = None,  # noqa: UP045
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda, for .pt, .pt2 and .safetensors.")] = None,  # noqa: UP045
     output: Annotated[Optional[Path], typer.Option(help="Default: standard output.")] = None,  # noqa: UP045
 ) -> None:
     """Forecast from every window of a CSV file and write the forecasts as CSV."""
@@ -289,7 +290,7 @@ def run(
     import cellstep
     from cellstep.table import read_features, write_forecasts
 
-    artifact = cellstep.load(model)
+    artifact = cellstep.load(model, device)
     x = read_features(data, artifact.feature_names, artifact.input_size)
     length = 1 if stream else window or artifact.window
     if length == 0:
@@ -397,7 +398,7 @@ def info(
 ) -> None:
     """Print what a model file holds."""
     import cellstep
-    from cellstep.artifact import DeployArtifact
+    from cellstep.artifact import DeployArtifact, TorchArtifact
 
     artifact = cellstep.load(model)
     table = Table(show_header=False)
@@ -416,6 +417,12 @@ def info(
     if isinstance(artifact, DeployArtifact):
         error = artifact.selftest()
         facts["self-test"] = "no test vector" if error < 0 else f"passed, largest error {error:.2e}"
+    if isinstance(artifact, TorchArtifact):
+        from cellstep.ops import cuda_missing
+
+        facts["on CUDA"] = (
+            f"without cellstep's kernels: {reason}" if (reason := cuda_missing()) else "cellstep's kernels"
+        )
     for name, fact in facts.items():
         table.add_row(name, fact)
     _console.print(table)

@@ -190,6 +190,93 @@ def lstm_packed_steps(
     return torch.cat(outputs), h, c, torch.cat(cells)
 
 
+def lstm_layers_steps(
+    x: Tensor,
+    batch_sizes: Optional[Tensor],
+    lengths: Optional[Tensor],
+    reset: Optional[Tensor],
+    h: Tensor,
+    c: Tensor,
+    initial_h: Optional[Tensor],
+    initial_c: Optional[Tensor],
+    weights: list[Tensor],
+    biased: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A stack of plain layers, step by step; the arguments are those of ``torch.ops.cellstep.lstm_layers``.
+
+    Returns:
+        y (T, N, D H) or (P, D H), h and c (L D, N, H) behind each row's last step, and c of every step of the last
+        layer (D, P, H).
+    """
+    directions, count = 2 if bidirectional else 1, 4 if biased else 2
+    last_h: list[Tensor] = []
+    last_c: list[Tensor] = []
+    cells: list[Tensor] = []
+    if lengths is not None:
+        # What lies past the end of a row may be anything. A NaN there would meet the gradient, zero or not.
+        there = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
+        x = x.masked_fill(~there.unsqueeze(2), 0.0)
+    for layer in range(len(weights) // (count * directions)):
+        outputs, cells = [], []
+        for direction in range(directions):
+            stage = layer * directions + direction
+            weight_ih, weight_hh = weights[stage * count : stage * count + 2]
+            bias_ih, bias_hh = weights[stage * count + 2 : stage * count + 4] if biased else (None, None)
+            own = h[stage], c[stage], weight_ih, weight_hh, bias_ih, bias_hh
+            if x.dim() == 2:
+                y, h_n, c_n, every = lstm_packed_steps(x, batch_sizes, *own, None, direction == 1)
+            else:
+                first = None if initial_h is None else initial_h[stage]
+                second = None if initial_c is None else initial_c[stage]
+                ragged = None if lengths is None else there
+                y, h_n, c_n, every = _ragged_steps(x, ragged, reset, first, second, *own, direction == 1)
+            outputs.append(y)
+            cells.append(every.flatten(0, -2))
+            last_h.append(h_n)
+            last_c.append(c_n)
+        x = torch.cat(outputs, -1)
+    return x, torch.stack(last_h), torch.stack(last_c), torch.stack(cells)
+
+
+def _ragged_steps(
+    x: Tensor,
+    there: Optional[Tensor],
+    reset: Optional[Tensor],
+    initial_h: Optional[Tensor],
+    initial_c: Optional[Tensor],
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Optional[Tensor],
+    bias_hh: Optional[Tensor],
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A plain layer over rows of any lengths. ``there`` (T, N) bool: the steps that a row has; in the others its state
+    stands still and its output is zero. Resets part the same pairs of steps in both directions."""
+    steps = x.size(0)
+    outputs, cells = [x] * steps, [x] * steps
+    for step in reversed(range(steps)) if reverse else range(steps):
+        mark = step + 1 if reverse else step
+        if reset is not None and mark < steps:
+            cleared = reset[mark] if there is None else reset[mark] & there[mark]
+            cleared = cleared.unsqueeze(1)
+            h = torch.where(cleared, torch.zeros_like(h) if initial_h is None else initial_h, h)
+            c = torch.where(cleared, torch.zeros_like(c) if initial_c is None else initial_c, c)
+        sums = functional.linear(x[step], weight_ih, bias_ih) + functional.linear(h, weight_hh, bias_hh)
+        i, f, g, o = sums.chunk(4, 1)
+        new_c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        new_h = torch.sigmoid(o) * torch.tanh(new_c)
+        outputs[step], cells[step] = new_h, new_c
+        if there is not None:
+            active = there[step].unsqueeze(1)
+            outputs[step], cells[step] = new_h.masked_fill(~active, 0.0), new_c.masked_fill(~active, 0.0)
+            new_h, new_c = torch.where(active, new_h, h), torch.where(active, new_c, c)
+        h, c = new_h, new_c
+    return torch.stack(outputs), h, c, torch.stack(cells)
+
+
 def _slope(y: Tensor, activation: int) -> Tensor:
     """Derivative of an elementwise activation in terms of its value."""
     if activation == 3:

@@ -11,11 +11,25 @@ to the initial one before the step. The state is given and returned, and no argu
 that it would get alone, to the bit, wherever the steps are cut into calls: N streams by this operator, in a
 :class:`cellstep.runtime.Pool` and in N sessions are the same.
 
+``lstm_layers(x, batch_sizes, lengths, reset, h, c, initial_h, initial_c, weights, biased, bidirectional, save) -> (y,
+h_n, c_n, outputs, gates, cells)`` runs a stack of plain layers in one call, on CUDA: x (T, N, I), or (P, I) packed as
+``batch_sizes`` (T) on the CPU tells; ``lengths`` (N, int64) and ``reset`` (T, N, bool) beside x alone; h and c (L D, N,
+H) with D directions; ``initial_h`` and ``initial_c`` (L D, H) what resets put, zero where they are None; ``weights`` of
+each layer and in it of each direction: weight_ih, weight_hh and, if ``biased``, bias_ih, bias_hh. ``save`` keeps what
+the gradient needs: outputs (L - 1, tokens, D H) of the layers before the last, gates (L D, P, 4 H) and cells (L D, P,
+H), which have a gradient in a stack of one layer. ``run_records(records, image, x, h, c, output_size, answers, lengths,
+reset)`` is ``run_model`` on CUDA: ``image`` lies on the device, and ``records`` are the words before its data, on the
+host (:func:`cellstep.exporters.records.words`). ``has_kernels(x) -> bool`` says whether the device of x has operators.
+
+The kernels for CUDA are a second library beside the first, loaded where torch finds a CUDA device;
+:func:`cuda_missing` says why there are none.
+
 The library is built on torch's stable ABI, which knows no autograd: without the registrations below a backward pass
 would leave gradients ``None``. The gradient of each operator is an operator too; the gradient of that one
 (``create_graph=True``) runs on torch's own operators.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +37,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cellstep.formula import PLAIN_ACTIVATIONS, activate_backward, lstm_packed_steps, lstm_steps, lstm_steps_backward
+from cellstep.formula import (
+    PLAIN_ACTIVATIONS,
+    activate_backward,
+    lstm_layers_steps,
+    lstm_packed_steps,
+    lstm_steps,
+    lstm_steps_backward,
+)
 
 #: The shared library of operators, for ``torch.ops.load_library`` in a process without the rest of cellstep.
 library_path = str(
@@ -38,17 +59,51 @@ elif torch._C._dispatch_has_kernel_for_dispatch_key("cellstep::lstm_layer", "Aut
         "registered; import cellstep.ops in a process that does not load that library"
     )
 
+#: The shared library of kernels for CUDA.
+cuda_library_path = str(Path(library_path).with_name("libcellstep_ops_cuda.so"))
+
+
+def _load_cuda() -> str | None:
+    if torch._C._dispatch_has_kernel_for_dispatch_key("cellstep::lstm_layers", "CUDA"):
+        return None
+    if not torch.backends.cuda.is_built():
+        return f"this torch, {torch.__version__}, is built without CUDA; install one that has it"
+    # Asks the driver's management library; torch.cuda.is_available() would start CUDA, and forked processes lose it.
+    if torch.cuda.device_count() == 0:
+        return "torch finds no CUDA device; see torch.cuda.is_available()"
+    if not Path(cuda_library_path).is_file():
+        return f"'{cuda_library_path}' is not there; build it with make cuda"
+    try:
+        torch.ops.load_library(cuda_library_path)
+    except OSError as error:
+        return f"'{cuda_library_path}' does not load: {' '.join(str(error).split())}"
+    return None
+
+
+_cuda_missing = _load_cuda()
+
+
+def cuda_missing() -> str | None:
+    """Why calls on CUDA run on torch's own kernels, in one line; None where cellstep's are loaded."""
+    return _cuda_missing
+
+
 _Ctx = Any
 _Grads = tuple[Tensor | None, ...]
 
 
 def _register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register what tells shapes, and refuses devices that differ: with one argument on the meta device it would else
-    answer uninitialised memory for the ones that have values."""
+    answer uninitialised memory for the ones that have values. ``batch_sizes`` is on the CPU, whatever the others."""
+    schema = torch._C._jit_get_schemas_for_operator(f"cellstep::{name}")[0]
+    apart = next((k for k, argument in enumerate(schema.arguments) if argument.name == "batch_sizes"), None)
 
     def register(shapes: Callable[..., Any]) -> Callable[..., Any]:
         def fake(*arguments: Any) -> Any:
-            devices = {tensor.device for tensor in arguments if isinstance(tensor, Tensor)}
+            beside = [argument for place, argument in enumerate(arguments) if place != apart]
+            devices = {
+                tensor.device for tensor in torch.utils._pytree.tree_leaves(beside) if isinstance(tensor, Tensor)
+            }
             if len(devices) > 1:
                 found = " and ".join(sorted(map(str, devices)))
                 raise RuntimeError(f"{name}: expected all tensors on one device; got {found}; move them to one")
@@ -189,6 +244,70 @@ def _(
     return (*_gradient_shapes(x, h, c, weight_ih, weight_hh, to_x, to_weights), to_weight_hr)
 
 
+def _stack_shape(weights: list[Tensor], biased: bool, bidirectional: bool) -> tuple[int, int]:
+    """Layers and directions."""
+    directions = 2 if bidirectional else 1
+    return len(weights) // ((4 if biased else 2) * directions), directions
+
+
+@_register_fake("lstm_layers")
+def _(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    initial_h: Tensor | None,
+    initial_c: Tensor | None,
+    weights: list[Tensor],
+    biased: bool,
+    bidirectional: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    layers, directions = _stack_shape(weights, biased, bidirectional)
+    tokens, units = x.shape[:-1], h.shape[2]
+    count = math.prod(tokens)
+    return (
+        x.new_empty(*tokens, directions * units),
+        x.new_empty(h.shape),
+        x.new_empty(c.shape),
+        x.new_empty((layers - 1, *tokens, directions * units) if save and layers > 1 else (0,)),
+        x.new_empty((layers * directions, count, 4 * units) if save else (0,)),
+        x.new_empty((layers * directions, count, units) if save else (0,)),
+    )
+
+
+@_register_fake("lstm_layers_backward")
+def _(
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    grad_cells: Tensor | None,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    weights: list[Tensor],
+    biased: bool,
+    bidirectional: bool,
+    y: Tensor,
+    outputs: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    to_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    to_weights = [x.new_empty(weight.shape) for weight in weights]
+    return x.new_empty(x.shape if to_x else (0,)), x.new_empty(h.shape), x.new_empty(c.shape), to_weights
+
+
+@_register_fake("has_kernels")
+def _(x: Tensor) -> bool:
+    return x.device.type == "cpu" or (x.device.type == "cuda" and cuda_missing() is None)
+
+
 @_register_fake("dense")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -200,7 +319,7 @@ def _(x: Tensor, activation: int) -> Tensor:
 
 
 @_register_fake("run_model")
-def _(
+def _shapes_of_run(
     image: Tensor,
     x: Tensor,
     h: Tensor,
@@ -216,6 +335,12 @@ def _(
         torch.empty_like(h, memory_format=torch.contiguous_format),
         torch.empty_like(c, memory_format=torch.contiguous_format),
     )
+
+
+@_register_fake("run_records")
+def _(records: list[int], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shapes: tuple[Tensor, Tensor, Tensor] = _shapes_of_run(*arguments)
+    return shapes
 
 
 @_register_fake("lstm_variant")
@@ -363,6 +488,67 @@ def _packed_backward(
     return (*_wanted(ctx, [to_x, to_x, to_h, to_c, to_ih, to_hh, to_bias, to_bias, to_hr]), None, None, None)
 
 
+def _setup_layers(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, weights, ctx.biased, ctx.bidirectional, ctx.saved = inputs
+    y, _, _, outputs, gates, cells = output
+    layers, _ = _stack_shape(weights, ctx.biased, ctx.bidirectional)
+    # The sweep back takes a gradient of the last layer's cells alone: with several layers they are no output to use.
+    ctx.gives_cells = ctx.saved and layers == 1
+    ctx.save_for_backward(*tensors, y, outputs, gates, cells, *weights)
+    ctx.mark_non_differentiable(outputs, gates, *(() if ctx.gives_cells else (cells,)))
+    ctx.set_materialize_grads(False)
+
+
+def _gradients_of_layers(
+    ctx: _Ctx,
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    grad_cells: Tensor | None,
+    needs_x: bool,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Of the tensors before the weights, and of the weights."""
+    x, batch_sizes, lengths, reset, h, c, initial_h, initial_c, *rest = ctx.saved_tensors
+    (y, outputs, gates, cells), weights = rest[:4], rest[4:]
+    grads = grad_y, grad_h, grad_c, grad_cells if ctx.gives_cells else None
+    kind = ctx.biased, ctx.bidirectional
+    # The kernels' sweep back knows resets to zero alone; and the vmap of is_grads_batched, the older one of torch,
+    # takes no operator that answers a list.
+    by_formula = torch.is_grad_enabled() or (reset is not None and initial_h is not None)
+    if by_formula or any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+
+        def steps(x: Tensor, h: Tensor, c: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            first, second, *weights = others
+            return lstm_layers_steps(x, batch_sizes, lengths, reset, h, c, first, second, weights, *kind)
+
+        found = _differentiable_gradients(steps, grads, (x, h, c, initial_h, initial_c, *weights))
+        to_x, to_h, to_c, to_initial_h, to_initial_c, *to_weights = found
+        return [to_x, None, None, None, to_h, to_c, to_initial_h, to_initial_c], to_weights
+    inputs = x, batch_sizes, lengths, reset, h, c
+    if not ctx.saved:
+        answers = torch.ops.cellstep.lstm_layers(*inputs, initial_h, initial_c, weights, *kind, True)
+        _, _, _, outputs, gates, cells = answers
+    to_x, to_h, to_c, to_weights = torch.ops.cellstep.lstm_layers_backward(
+        *grads, *inputs, weights, *kind, y, outputs, gates, cells, needs_x
+    )
+    none = None if initial_h is None else torch.zeros_like(initial_h)  # without a reset they are not looked at
+    tensors = [to_x if needs_x else None, None, None, None, to_h, to_c, none, none]
+    return tensors, to_weights
+
+
+def _layers_backward(
+    ctx: _Ctx,
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    _outputs: None,
+    _gates: None,
+    grad_cells: Tensor | None,
+) -> tuple[Any, ...]:
+    tensors, weights = _gradients_of_layers(ctx, grad_y, grad_h, grad_c, grad_cells, ctx.needs_input_grad[0])
+    return (*tensors, weights, None, None, None)
+
+
 def _setup_cell(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, save = inputs
     _, c_next, gates = output
@@ -458,6 +644,31 @@ lstm_layer = _eager(torch.ops.cellstep.lstm_layer.default, _setup_layer, _layer_
 lstm_packed = _eager(torch.ops.cellstep.lstm_packed.default, _setup_packed, _packed_backward)
 
 
+class _EagerLayers(torch.autograd.Function):
+    """As :func:`_eager`, with the list of weights last and flat, as autograd sees tensors alone."""
+
+    @staticmethod
+    def forward(ctx: _Ctx, biased: bool, bidirectional: bool, save: bool, *tensors: Any) -> Any:
+        arguments = (*tensors[:8], list(tensors[8:]), biased, bidirectional, save)
+        output = torch.ops.cellstep.lstm_layers.default(*arguments)
+        _setup_layers(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: _Ctx, *grads: Any) -> Any:
+        tensors, weights = _gradients_of_layers(ctx, grads[0], grads[1], grads[2], grads[5], ctx.needs_input_grad[3])
+        return (None, None, None, *tensors, *weights)
+
+
+def lstm_layers(*arguments: Any) -> tuple[Tensor, ...]:
+    """``torch.ops.cellstep.lstm_layers`` for calls in eager mode, with the same gradient."""
+    if not torch.is_grad_enabled():
+        answer: tuple[Tensor, ...] = torch.ops.cellstep.lstm_layers.default(*arguments)
+        return answer
+    *tensors, weights, biased, bidirectional, save = arguments
+    return _EagerLayers.apply(biased, bidirectional, save, *tensors, *weights)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def _setup_dense(ctx: _Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
@@ -484,6 +695,7 @@ torch.library.register_autograd("cellstep::lstm_variant", _layer_of_options_back
 torch.library.register_autograd("cellstep::activate", _activate_backward, setup_context=_setup_activate)
 torch.library.register_autograd("cellstep::lstm_layer", _layer_backward, setup_context=_setup_layer)
 torch.library.register_autograd("cellstep::lstm_packed", _packed_backward, setup_context=_setup_packed)
+torch.library.register_autograd("cellstep::lstm_layers", _layers_backward, setup_context=_setup_layers)
 torch.library.register_autograd("cellstep::lstm_cell", _cell_backward, setup_context=_setup_cell)
 torch.library.register_autograd("cellstep::dense", _dense_backward, setup_context=_setup_dense)
 
@@ -493,18 +705,23 @@ def _register_vmap(name: str) -> None:
     operator = getattr(torch.ops.cellstep, name)
 
     def rule(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        def of_call(argument: Any, dim: Any, call: int) -> Any:
+            if isinstance(argument, list):
+                return [of_call(*pair, call) for pair in zip(argument, dim or [None] * len(argument), strict=True)]
+            return argument if dim is None else argument.select(dim, call)
+
         answers = [
-            operator(*(a if dim is None else a.select(dim, call) for a, dim in zip(arguments, dims, strict=True)))
+            operator(*(of_call(argument, dim, call) for argument, dim in zip(arguments, dims, strict=True)))
             for call in range(info.batch_size)
         ]
-        outputs = tuple(torch.stack(parts) for parts in zip(*answers, strict=True))
-        return outputs, (0,) * len(outputs)
+        outputs = torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *answers)
+        return outputs, torch.utils._pytree.tree_map(lambda _: 0, outputs)
 
     torch.library.register_vmap(f"cellstep::{name}", rule)
 
 
-for _name in ("lstm_cell_backward", "lstm_layer_backward", "lstm_packed_backward", "lstm_variant_backward"):
-    _register_vmap(_name)
+for _name in ("lstm_cell", "lstm_layer", "lstm_layers", "lstm_packed", "lstm_variant"):
+    _register_vmap(f"{_name}_backward")
 
 
 def _no_gradient(name: str, remedy: str) -> None:
@@ -514,8 +731,10 @@ def _no_gradient(name: str, remedy: str) -> None:
     torch.library.register_autograd(f"cellstep::{name}", backward)
 
 
+_no_gradient("run_records", "it runs an exported model; train the module that was exported")
 _no_gradient("run_model", "it runs an exported model; train the module that was exported")
 _no_gradient("lstm_layer_backward", "call lstm_layer and let autograd differentiate it twice")
+_no_gradient("lstm_layers_backward", "call lstm_layers and let autograd differentiate it twice")
 _no_gradient("lstm_packed_backward", "call lstm_packed and let autograd differentiate it twice")
 _no_gradient("lstm_cell_backward", "call lstm_cell and let autograd differentiate it twice")
 _no_gradient("lstm_variant_backward", "call lstm_variant and let autograd differentiate it twice")

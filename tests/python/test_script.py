@@ -59,7 +59,7 @@ def test_process_without_the_operators_names_what_is_missing(tmp_path):
     torch.jit.save(torch.jit.script(LSTM(3, 5)), tmp_path / "module.pt")
     program = "import sys, torch; torch.jit.load(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "module.pt"], capture_output=True, text=True)
-    assert done.returncode != 0 and "Unknown builtin op: cellstep::lstm_layer" in done.stderr
+    assert done.returncode != 0 and "Unknown builtin op: cellstep::" in done.stderr
 
 
 def test_gradients_through_a_scripted_model_equal_torch():

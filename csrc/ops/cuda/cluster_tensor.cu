@@ -14,7 +14,7 @@
 /// its weights.
 #include <atomic>
 
-#include "tensor.h"
+#include "fragments.h"
 
 namespace cellstep {
 namespace cuda {
@@ -200,7 +200,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     const auto token_of = [&](int step) { return step < course.steps ? tile.token(time_of(step)) : 0; };
     const int width = call.directions * H;
     const std::int64_t state = static_cast<std::int64_t>(direction) * batch * H;
-    const bool zeros_past = call.steps.lengths != nullptr;
+    const bool zeros_past = call.steps.lengths && !call.steps.offsets;
     if (thread == 0) {
         const std::int64_t past = direction * call.steps.tokens * H;
         arrays.sums = static_cast<const T*>(call.sums) + 4 * past;
@@ -498,7 +498,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
         arrays.grad_sums = static_cast<T*>(call.grad_sums) + 4 * past;
     }
     const int width = call.directions * H;
-    const bool zeros_past = call.steps.lengths != nullptr;
+    const bool zeros_past = call.steps.lengths && !call.steps.offsets;
 
     const Work all_along(spread, thread);
     block_sync();

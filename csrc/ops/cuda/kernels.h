@@ -46,8 +46,8 @@ struct Steps {
     int batch;
     std::int64_t tokens;
     const int* offsets;          ///< (T) on the device, of packed rows, which then come by falling length; or null
-    const int* lengths;          ///< (N) on the device, 0 to T, or null: all T. Past its length nothing of a row is
-                                 ///< read, and of a padded batch zeros are written there.
+    const int* lengths;          ///< (N) on the device, 0 to T, of packed rows always; or null: all T. Past its length
+                                 ///< nothing of a row is read, and of a padded batch zeros are written there.
     const unsigned char* reset;  ///< (T, N) on the device, or null: rows to put to the initial state before the step
 };
 

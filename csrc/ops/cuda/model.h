@@ -73,13 +73,8 @@ struct Unpack {
     T* weight_ih;         ///< (G H, I), G = 4, or 3 if coupled
     T* weight_hh;         ///< (G H, R)
     T* bias;              ///< (G H)
-    T* zeros;             ///< null, or (G H) zeros
     const T* projection;  ///< null, or (H, R)
     T* weight_hr;         ///< (R, H)
-    const T* initial_h;   ///< null: zeros
-    const T* initial_c;
-    T* initial_h_copy;  ///< null, or (R)
-    T* initial_c_copy;  ///< null, or (H)
 };
 
 constexpr int unpacks_at_once = 16;
@@ -115,23 +110,17 @@ struct CopyStates {
 template <class T>
 const char* copy_states(const CopyStates<T>& call, void* stream);
 
-/// unpack.cu: y (steps, batch, ...) += x, `width` values of each row, as a residual layer does, and behind them c of
-/// the layer's cells, if it gives them.
+/// unpack.cu: y (steps, batch, width) += x, of contiguous rows, as a residual layer does.
 template <class T>
-struct JoinRows {
+struct AddRows {
     std::int64_t batch;
     std::int64_t steps;
-    int parts;
-    struct Part {
-        Rows<const T> from;
-        const T* add;  ///< null, or (steps, batch, width), added
-        std::int64_t width;
-        std::int64_t column;  ///< where it begins in a row of `to`
-    } part[4];
-    Rows<T> to;
+    std::int64_t width;
+    const T* x;
+    Rows<T> y;
 };
 template <class T>
-const char* join_rows(const JoinRows<T>& call, void* stream);
+const char* add_rows(const AddRows<T>& call, void* stream);
 
 /// variant.cu: one step of a layer with options behind its products; python/cellstep/formula.py has the formula.
 template <class T>
@@ -148,7 +137,7 @@ struct VariantStep {
     T zoneout_c;
     const T* input_sums;   ///< (N, G H): W_ih x
     const T* hidden_sums;  ///< (N, G H): W_hh h_in
-    const T* projected;    ///< null, or (N, R): W_hr m
+    const T* projected;    ///< (N, R): W_hr m, of a projection
     const T* bias_ih;      ///< (G H), or null like the next seven
     const T* bias_hh;
     const T* peephole;  ///< gates i, (f,) o

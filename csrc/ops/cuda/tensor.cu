@@ -3,7 +3,7 @@
 /// all steps, with one block barrier a step.
 #include <algorithm>
 
-#include "tensor.h"
+#include "fragments.h"
 
 namespace cellstep {
 namespace cuda {
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     const int h_blocks = (H + 31) / 32, blocks = h_blocks + (columns + 31) / 32;
     const int width = call.directions * H;
     const std::int64_t state = static_cast<std::int64_t>(stage) * call.steps.batch * H;
-    const bool zeros_past = call.steps.lengths != nullptr;
+    const bool zeros_past = call.steps.lengths && !call.steps.offsets;
     if (thread == 0) {
         const std::int64_t P = call.steps.tokens, between = P * width;
         arrays.x = static_cast<const T*>(layer == 0 ? call.x : call.outputs) + (layer > 1 ? (layer - 1) * between : 0);
@@ -557,7 +557,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         arrays.grad_sums = static_cast<T*>(call.grad_sums) + 4 * part;
     }
     const int width = call.directions * H;
-    const bool zeros_past = call.steps.lengths != nullptr;
+    const bool zeros_past = call.steps.lengths && !call.steps.offsets;
 
     unsigned char* const buffers = memory + plan.values_at;
     const int buffer_bytes = rows * plan.stride;

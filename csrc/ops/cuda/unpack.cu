@@ -158,10 +158,11 @@ __device__ T stored_weight(Stored stored, const unsigned char* weights, std::int
 /// Value of input k of a unit's gate, k = -1 for the bias; those of hidden values lie behind the I inputs.
 template <class T>
 __device__ T packed_value(const Unpack<T>& u, int gate, std::int64_t unit, std::int64_t k) {
-    const std::int64_t full = (u.hidden_size + 3) / 16 * 16;  // units in panels of 16
-    const std::int64_t first = unit < full ? unit / 16 * 16 : full;
-    const std::int64_t left = u.hidden_size - full;
-    const std::int64_t width = unit < full ? 16 : left > 4 ? 8 : 4;
+    // Panels of 16 units, then where need be one of 8 and one of 4.
+    const std::int64_t full = (u.hidden_size + 3) / 16 * 16;
+    const std::int64_t middle = u.hidden_size - full > 4 ? 8 : 0;
+    const std::int64_t first = unit < full ? unit / 16 * 16 : unit < full + middle ? full : full + middle;
+    const std::int64_t width = unit < full ? 16 : unit < full + middle ? 8 : 4;
     const std::int64_t column = gate * width + (unit - first);
     const std::int64_t depth = u.input_size + u.recurrent_size;
     if (u.stored != Stored::int8) {
@@ -190,29 +191,21 @@ __device__ void unpack_values(const Unpack<T>& u, std::int64_t first, std::int64
     const std::int64_t depth = 1 + u.input_size + u.recurrent_size;
     const std::int64_t weights = (u.coupled ? 3 : 4) * u.hidden_size * depth;
     const std::int64_t projection = u.projection ? u.hidden_size * u.recurrent_size : 0;
-    const std::int64_t h = u.initial_h_copy ? u.recurrent_size : 0;
-    const std::int64_t c = u.initial_c_copy ? u.hidden_size : 0;
-    for (std::int64_t at = first; at < weights + projection + h + c; at += step) {
-        std::int64_t rest = at - weights;
+    for (std::int64_t at = first; at < weights + projection; at += step) {
+        const std::int64_t rest = at - weights;
         if (rest < 0) {
             const std::int64_t row = at / depth, k = at % depth - 1;
             const int place = static_cast<int>(row / u.hidden_size);
             const T value = packed_value(u, u.coupled && place > 0 ? place + 1 : place, row % u.hidden_size, k);
             if (k < 0) {
                 u.bias[row] = value;
-                if (u.zeros) u.zeros[row] = T(0);
             } else if (k < u.input_size) {
                 u.weight_ih[row * u.input_size + k] = value;
             } else {
                 u.weight_hh[row * u.recurrent_size + k - u.input_size] = value;
             }
-        } else if (rest < projection) {
-            u.weight_hr[rest] = u.projection[rest % u.hidden_size * u.recurrent_size + rest / u.hidden_size];
-        } else if ((rest -= projection) < h) {
-            u.initial_h_copy[rest] = u.initial_h ? u.initial_h[rest] : T(0);
         } else {
-            rest -= h;
-            u.initial_c_copy[rest] = u.initial_c ? u.initial_c[rest] : T(0);
+            u.weight_hr[rest] = u.projection[rest % u.hidden_size * u.recurrent_size + rest / u.hidden_size];
         }
     }
 }
@@ -251,15 +244,12 @@ __global__ void copy_kernel(const CopyStates<T> call) {
 }
 
 template <class T>
-__global__ void join_kernel(const JoinRows<T> call) {
-    const auto& part = call.part[blockIdx.y];
-    for (std::int64_t at = std::int64_t{blockIdx.x} * threads + threadIdx.x; at < call.steps * call.batch * part.width;
+__global__ void add_kernel(const AddRows<T> call) {
+    const std::int64_t count = call.steps * call.batch * call.width;
+    for (std::int64_t at = std::int64_t{blockIdx.x} * threads + threadIdx.x; at < count;
          at += std::int64_t{gridDim.x} * threads) {
-        const std::int64_t k = at % part.width, row = at / part.width % call.batch;
-        const std::int64_t step = at / part.width / call.batch;
-        T value = part.from.data[step * part.from.step + row * part.from.row + k];
-        if (part.add) value += part.add[(step * call.batch + row) * part.width + k];
-        call.to.data[step * call.to.step + row * call.to.row + part.column + k] = value;
+        const std::int64_t row = at / call.width;
+        call.y.data[row / call.batch * call.y.step + row % call.batch * call.y.row + at % call.width] += call.x[at];
     }
 }
 
@@ -293,18 +283,15 @@ const char* copy_states(const CopyStates<T>& call, void* stream) {
 }
 
 template <class T>
-const char* join_rows(const JoinRows<T>& call, void* stream) {
+const char* add_rows(const AddRows<T>& call, void* stream) {
     if (call.batch == 0 || call.steps == 0) return nullptr;
-    std::int64_t widest = 0;
-    for (int at = 0; at < call.parts; ++at) widest = call.part[at].width > widest ? call.part[at].width : widest;
-    return launch(join_kernel<T>, dim3(blocks_of(call.steps * call.batch * widest), static_cast<unsigned>(call.parts)),
-                  dim3(threads), 0, stream, call);
+    return launch(add_kernel<T>, dim3(blocks_of(call.steps * call.batch * call.width)), dim3(threads), 0, stream, call);
 }
 
 #define CELLSTEP_INSTANTIATE(T)                                       \
     template const char* prepare<T>(const Prepare<T>&, void*);        \
     template const char* copy_states<T>(const CopyStates<T>&, void*); \
-    template const char* join_rows<T>(const JoinRows<T>&, void*);
+    template const char* add_rows<T>(const AddRows<T>&, void*);
 CELLSTEP_INSTANTIATE(float)
 CELLSTEP_INSTANTIATE(double)
 #undef CELLSTEP_INSTANTIATE

@@ -29,19 +29,26 @@ _NUMBERS = ["input_size", "output_size", "state_layers", "h_size", "c_size", "wi
 
 
 def export_package(model: Chain, path: Path) -> None:
-    """Compile a float32 or float64 model; this calls the C++ compiler of the machine.
+    """Compile a float32 or float64 model for the device that it is on; this calls the C++ compiler of the machine.
 
     The compiled code runs on any CPU of the machine's architecture from torch 2.13 on; an earlier torch compiles for
     the machine's own CPU.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: another dtype, or a model on CUDA without cellstep's kernels for it.
         OSError: the file cannot be written.
     """
     from torch._inductor import aot_compile, config
     from torch._inductor.package import package_aoti
 
     chain = packed(model)
+    device = chain.image.device
+    if device.type != "cpu" and not torch.ops.cellstep.has_kernels(chain.image):
+        reason = cellstep.ops.cuda_missing() or f"cellstep has none for {device.type}"
+        raise ValueError(
+            f"expected cellstep's kernels for a package on {device.type}; there are none here: {reason}; or export "
+            "model.cpu()"
+        )
     batch, time = torch.export.Dim("batch", min=1), torch.export.Dim("time", min=1)
     h, c = (part.expand(-1, 2, -1).contiguous() for part in (chain.initial_h, chain.initial_c))
     windows = h.new_zeros(2, 3, model.input_size)
@@ -50,7 +57,7 @@ def export_package(model: Chain, path: Path) -> None:
         "forward": (Forward(chain), (windows,), ({0: batch, 1: time},)),
         "run": (Run(chain), (windows, h, c), ({0: batch, 1: time}, rows, rows)),
         "step": (Step(chain), (windows[:, 0], h, c), ({0: batch}, rows, rows)),
-        "reset": (Reset(chain), (h, c, torch.tensor([True, False])), (rows, rows, {0: batch})),
+        "reset": (Reset(chain), (h, c, torch.tensor([True, False], device=device)), (rows, rows, {0: batch})),
     }
     wanted = {
         "aot_inductor.package": True,
@@ -86,6 +93,7 @@ def _metadata(model: Chain, chain: PackedChain) -> dict[str, str]:
         **state,
         "answers": model.answers,
         "bidirectional": str(model.bidirectional),
+        "device": chain.image.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "feature_names": json.dumps(model.feature_names),
         "output_names": json.dumps(model.output_names),
@@ -96,10 +104,12 @@ def _metadata(model: Chain, chain: PackedChain) -> dict[str, str]:
 class Package:
     """A loaded package. Attributes are those of the chain; programs are loaded at their first call."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, device: str | torch.device | None = None) -> None:
         self._path = path
         self._programs: dict[str, Any] = {}
-        metadata = self._program("forward").loader.get_metadata()
+        # Before a program is loaded, which needs the device that it was compiled for.
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader
+        metadata = loader.load_metadata_from_package(path, "forward")
         if _KEY not in metadata:
             raise ValueError(f"expected a package that cellstep exported; '{path}' is another; export it again")
         self.input_size = int(metadata["input_size"])
@@ -114,10 +124,28 @@ class Package:
         self.feature_names: list[str] = json.loads(metadata["feature_names"])
         self.output_names: list[str] = json.loads(metadata["output_names"])
         self.dtype: torch.dtype = getattr(torch, metadata["dtype"])
+        self.device = self._placed(metadata.get("device", "cpu"), device)
         self._initial = [
-            torch.tensor([float(value) for value in metadata[f"initial_{part}"].split()], dtype=self.dtype)
+            torch.tensor([float(v) for v in metadata[f"initial_{part}"].split()], dtype=self.dtype, device=self.device)
             for part in ("h", "c")
         ]
+
+    def _placed(self, compiled: str, device: str | torch.device | None) -> torch.device:
+        """Where the programs run."""
+        wanted = torch.device(compiled if device is None else device)
+        if wanted.type != compiled:
+            raise ValueError(
+                f"expected device={compiled!r} for '{self._path}', which is compiled for that; got {str(wanted)!r}; "
+                f"export the model from {wanted.type}"
+            )
+        if compiled == "cuda":
+            reason = cellstep.ops.cuda_missing()
+            if reason is not None:
+                raise ValueError(
+                    f"expected cellstep's CUDA kernels for '{self._path}', which is compiled for CUDA; there are none "
+                    f"here: {reason}; or export model.cpu()"
+                )
+        return wanted
 
     def initial_state(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """The state of ``batch_size`` fresh streams."""
@@ -150,18 +178,21 @@ class Package:
             level = logger.level
             logger.setLevel(logging.ERROR)
             try:
-                self._programs[name] = load_program(self._path, name)
+                place = self.device.index if self.device.index is not None else -1
+                self._programs[name] = load_program(self._path, name, device_index=place)
             finally:
                 logger.setLevel(level)
         return self._programs[name]
 
 
-def load_package(path: str | os.PathLike[str]) -> Package:
-    """Load what :func:`export_package` wrote.
+def load_package(path: str | os.PathLike[str], device: str | torch.device | None = None) -> Package:
+    """Load what :func:`export_package` wrote. It runs on the kind of device that it was compiled for alone, which
+    ``device`` may number: "cuda:1".
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no package, or not one that cellstep exported.
+        ValueError: it is no package, or not one that cellstep exported, or compiled for a device that is not here or
+            not the one that is asked for.
     """
     name = os.fspath(path)
     if not os.path.isfile(name):
@@ -171,7 +202,7 @@ def load_package(path: str | os.PathLike[str]) -> Package:
             f"expected a .pt2 package that cellstep exported; '{name}' is none or is damaged; export it again"
         )
     try:
-        return Package(name)
+        return Package(name, device)
     except (RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

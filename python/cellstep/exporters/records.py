@@ -107,3 +107,18 @@ def parse(data: bytes) -> tuple[SimpleNamespace, list[Record]]:
         content = data[numbers[8] : numbers[8] + numbers[9]]
         records.append(Record(kind, tuple(sizes), content, layout, flags, activations))
     return model, records
+
+
+def words(data: bytes) -> list[int]:
+    """What ``run_records`` wants to know of a model whose data lie on a device, as 64-bit words: the header and the
+    records of a file, and of each LSTM its cell_clip and its zoneout of h and of c as the bits of doubles."""
+    model, records = parse(data)
+    size = _HEADER.size + _RECORD.size * len(records)
+    values = struct.Struct("<3d" if model.dtype == torch.float64 else "<3f")
+    constants = b"".join(
+        struct.pack("<3d", *values.unpack(record.content[-values.size :]))
+        for record in records
+        if record.kind == Kind.LSTM
+    )
+    table = data[:size] + constants
+    return list(struct.unpack(f"<{len(table) // 8}q", table))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import cellstep
 from cellstep.exporters.deploy import image
 from cellstep.exporters.files import replacing
+from cellstep.exporters.records import words
 from cellstep.exporters.settle import settled
 from cellstep.nn import Chain
 from cellstep.nn.chain import ANSWERS
@@ -27,13 +28,15 @@ _METHODS = ["answer", "initial_state", "reset", "run", "step"]
 _PACKED = ["weights"]
 #: Kept as tensors of the module where freezing would make constants of them, which do not move between devices.
 _TENSORS = ["image", "initial_h", "initial_c"]
+#: Kept as an attribute, as freezing would put it together anew from its numbers in every call.
+_RECORDS = ["records"]
 
 
 class PackedChain(nn.Module):
     """A chain for inference alone: the deploy image as one tensor, run by one operator a call.
 
-    The methods are those of :class:`cellstep.nn.Chain`. On another device than the CPU the call itself takes place on
-    the CPU.
+    The methods are those of :class:`cellstep.nn.Chain`. It moves between devices as any module does; where a device
+    has no kernels of cellstep's, the call itself takes place on the CPU.
 
     Args:
         weights: how the weights of LSTM layers are stored: "float32", which stands for the model's own type,
@@ -52,6 +55,7 @@ class PackedChain(nn.Module):
     _answers: Final[int]
     feature_names: list[str]
     output_names: list[str]
+    records: list[int]
     image: Tensor
     initial_h: Tensor
     initial_c: Tensor
@@ -79,7 +83,9 @@ class PackedChain(nn.Module):
         h, c = (part.detach().clone() for part in model.initial_state(1))
         self.register_buffer("initial_h", h)
         self.register_buffer("initial_c", c)
-        self.register_buffer("image", aligned_bytes(image(model, weights, factors, fast_activations=fast_activations)))
+        data = image(model, weights, factors, fast_activations=fast_activations)
+        self.records = words(data)
+        self.register_buffer("image", aligned_bytes(data).to(h.device))
         self.eval()
 
     def train(self, mode: bool = True) -> "PackedChain":
@@ -134,6 +140,19 @@ class PackedChain(nn.Module):
         if x.is_cpu:
             y, h, c = torch.ops.cellstep.run_model(self.image, x, h, c, self.output_size, answers, lengths, reset)
             return y, (h, c)
+        if self.image.device == x.device and torch.ops.cellstep.has_kernels(x):
+            y, h, c = torch.ops.cellstep.run_records(
+                self.records,
+                self.image,
+                x,
+                h,
+                c,
+                self.output_size,
+                answers,
+                lengths.to(x.device) if lengths is not None else None,
+                reset.to(x.device) if reset is not None else None,
+            )
+            return y, (h, c)
         y, h_n, c_n = torch.ops.cellstep.run_model(
             self.image.cpu(),
             x.cpu(),
@@ -161,7 +180,7 @@ def export_torchscript(
     fast_activations: bool = False,
     settle: Any = None,
 ) -> None:
-    """Script, freeze and save a model.
+    """Script, freeze and save a model; the file's tensors are on the CPU, whatever the model's device.
 
     Args:
         standalone: on torch's own operators alone, for a libtorch that nobody can add a library to: any dtype and
@@ -184,7 +203,7 @@ def export_torchscript(
     if standalone and not isinstance(model, Chain):
         raise ValueError("expected standalone=False for a quantized model, which has an operator of its own; got True")
     if isinstance(model, Chain) and standalone:
-        module: nn.Module = model.reference()
+        module: nn.Module = model.reference().cpu()
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         scripted = torch.jit.script(module)  # unfrozen: constants would not move between devices
@@ -192,9 +211,11 @@ def export_torchscript(
         program = packed(model, fast_activations) if isinstance(model, Chain) else model
         if settle is not None:
             program = _begun_from(program, settle)
+        if not program.image.is_cpu:
+            program = copy.deepcopy(program).cpu()
         scripted = torch.jit.freeze(
             torch.jit.script(program),
-            preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _PACKED + _TENSORS,
+            preserved_attrs=_METHODS + _ATTRIBUTES + _SIZES + _PACKED + _TENSORS + _RECORDS,
         )
     with replacing(path) as temporary:
         # The version that wrote the file tells whoever lacks an operator what to install.
@@ -205,12 +226,13 @@ def _begun_from(program: PackedChain, settle: Any) -> PackedChain:
     data, h, c = settled(program.image.cpu().numpy().tobytes(), settle)
     twin = copy.deepcopy(program)
     device = program.image.device
+    twin.records = words(data)
     twin.image, twin.initial_h, twin.initial_c = (part.to(device) for part in (aligned_bytes(data), h, c))
     return twin
 
 
-def load_torchscript(path: str | os.PathLike[str]) -> Any:
-    """Load what :func:`export_torchscript` wrote.
+def load_torchscript(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
+    """Load what :func:`export_torchscript` wrote, onto a device.
 
     Raises:
         OSError: the file cannot be read.
@@ -220,7 +242,7 @@ def load_torchscript(path: str | os.PathLike[str]) -> Any:
     if not os.path.isfile(name):
         raise FileNotFoundError(f"expected a TorchScript file at '{name}'; there is none; check the path")
     try:
-        module = torch.jit.load(name, map_location="cpu")
+        module = torch.jit.load(name, map_location=device)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"expected a TorchScript archive; '{name}' is none or is damaged: {reason}") from None

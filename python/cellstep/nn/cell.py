@@ -6,7 +6,7 @@ from typing import Final, Optional
 import torch
 from torch import Tensor, nn
 
-from cellstep.nn.dispatch import USE_OPS, has_kernel, widens
+from cellstep.nn.dispatch import USE_OPS, cast_to, has_kernel, widens
 
 
 def check_size(name: str, value: int) -> None:
@@ -94,23 +94,38 @@ class LSTMCell(nn.Module):
                 f"Expected input, state and parameters on one device, got {x.device}, {h.device}, {c.device} and "
                 f"{self.weight_ih.device}"
             )
-        if self.use_ops and widens(x) and h.dtype == x.dtype and c.dtype == x.dtype:
-            h, c = self._step_widened(x, h, c)
-        elif self.use_ops and has_kernel(x):
-            h, c, _ = torch.ops.cellstep.lstm_cell(
-                x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, torch.is_grad_enabled()
-            )
-        else:
-            h, c = torch.lstm_cell(x, [h, c], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        h, c = self._step(x, h, c)
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0)
         return h, c
+
+    def _step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        if self.use_ops:  # constant: a TorchScript file without operators names none
+            if widens(x) and h.dtype == x.dtype and c.dtype == x.dtype:
+                return self._step_widened(x, h, c)
+            if has_kernel(x):
+                h, c, _ = torch.ops.cellstep.lstm_cell(
+                    x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, torch.is_grad_enabled()
+                )
+                return h, c
+            if not torch.jit.is_scripting():
+                if cast_to(x) is not None:
+                    return self._step_cast(x, h, c)
+        return torch.lstm_cell(x, [h, c], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
     @torch.jit.unused
     def _step_widened(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         wide = [None if t is None else t.float() for t in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)]
         h, c, _ = torch.ops.cellstep.lstm_cell(x.float(), h.float(), c.float(), *wide, torch.is_grad_enabled())
         return h.to(x.dtype), c.to(x.dtype)
+
+    @torch.jit.unused
+    def _step_cast(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Under autocast, which casts what torch.nn.LSTMCell is given and has."""
+        parts = (x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        cast = [None if part is None else part.to(cast_to(x)) for part in parts]
+        h, c, _ = torch.ops.cellstep.lstm_cell(*cast, torch.is_grad_enabled())
+        return h, c
 
     def _check(self, x: Tensor, part: Tensor, index: int, batched: bool) -> None:
         """One half of the state beside x (N, input_size)."""

@@ -52,11 +52,12 @@ class Dense(nn.Linear):
         return f"{super().extra_repr()}, activation={self.activation}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.use_ops and has_kernel(input):
-            y: Tensor = torch.ops.cellstep.dense(input, self.weight, self.bias)
-            if self._activation > 0:
-                y = torch.ops.cellstep.activate(y, self._activation)
-            return y
+        if self.use_ops:  # constant: a TorchScript file without operators names none
+            if has_kernel(input):
+                y: Tensor = torch.ops.cellstep.dense(input, self.weight, self.bias)
+                if self._activation > 0:
+                    y = torch.ops.cellstep.activate(y, self._activation)
+                return y
         return activate(nn.functional.linear(input, self.weight, self.bias), self._activation)
 
 

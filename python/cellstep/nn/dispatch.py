@@ -1,13 +1,16 @@
 """Which of two roads a call takes: cellstep's operators or torch's own."""
 
 import os
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+import cellstep
+
 USE_OPS: bool = os.environ.get("CELLSTEP_DISABLE_OPS", "0") != "1"
 if USE_OPS:
-    import cellstep.ops  # noqa: F401  (registers torch.ops.cellstep)
+    import cellstep.ops  # registers torch.ops.cellstep
 
 
 def transforms_active() -> bool:
@@ -27,11 +30,33 @@ def autocasting(x: Tensor) -> bool:
 def has_kernel(x: Tensor) -> bool:
     """Whether cellstep's operators can run on ``x`` here."""
     if x.device.type != "cpu" or (x.dtype != torch.float32 and x.dtype != torch.float64):
-        return False
+        if torch.jit.is_scripting():
+            return on_device(x)
+        return on_device(x) and not autocasting(x) and not transforms_active()
     if torch.jit.is_scripting():
         return True
     # A module may be unpickled in a process that has no operators.
     return USE_OPS and not autocasting(x) and not transforms_active()
+
+
+def on_device(x: Tensor) -> bool:
+    """Whether cellstep's kernels for CUDA take ``x``."""
+    if not x.is_cuda:
+        return False
+    if x.dtype != torch.float32 and x.dtype != torch.float64 and x.dtype != torch.float16 and x.dtype != torch.bfloat16:
+        return False
+    if torch.jit.is_scripting():
+        here: bool = torch.ops.cellstep.has_kernels(x)  # the file may meet a process without them
+        return here
+    return USE_OPS and cellstep.ops.cuda_missing() is None
+
+
+def cast_to(x: Tensor) -> Optional[torch.dtype]:
+    """What autocast makes of ``x`` (any device but the CPU) where cellstep's kernels then take it: our operators are
+    none of those whose arguments autocast casts, and float64 is nothing that it casts."""
+    if torch.jit.is_scripting() or not on_device(x) or not autocasting(x) or x.dtype == torch.float64:
+        return None
+    return None if transforms_active() else torch.get_autocast_dtype(x.device.type)
 
 
 def widens(x: Tensor) -> bool:

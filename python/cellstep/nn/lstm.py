@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import cellstep
 from cellstep.formula import ACTIVATIONS, lstm_steps
 from cellstep.nn.cell import check_flag, check_size
-from cellstep.nn.dispatch import USE_OPS, autocasting, has_kernel, transforms_active, widens
+from cellstep.nn.dispatch import USE_OPS, autocasting, cast_to, has_kernel, on_device, transforms_active, widens
 from cellstep.nn.packed import inference_only, packed_image
 
 _LAYER_ACTIVATIONS = ACTIVATIONS[:-1]  # softmax is for heads
@@ -61,6 +61,10 @@ class LSTM(nn.Module):
         forget_bias: initial value of the forget gate's bias (ValueError without ``bias``).
         memory_efficient: the forward pass keeps no gates, and the backward pass computes them again: with 128 units,
             16 rows and 1,000 steps a layer keeps 16 MB where it otherwise keeps 57 MB.
+
+    On CUDA a stack of plain layers is one call, whatever the lengths and resets, and a call a layer where something
+    stands between the layers. Nothing is read back from the device: there ``lengths`` that lie on it are cut to 0 to T,
+    where others are refused beyond that.
 
     The backward pass of plain layers, with ``proj_size`` or without, in one direction or two, is a kernel; with an
     option that changes the formula it runs on torch's own operators, step by step.
@@ -396,9 +400,9 @@ class LSTM(nn.Module):
         if lengths is not None:
             if lengths.dim() != 1 or lengths.size(0) != x.size(1):
                 raise ValueError(f"LSTM: Expected lengths of shape ({x.size(1)},), got {lengths.shape}")
-            known = True
+            known = not lengths.is_cuda  # whoever reads a value there waits for the device
             if not torch.jit.is_scripting():
-                known = not (torch.compiler.is_compiling() or transforms_active() or lengths.is_meta)
+                known = known and not (torch.compiler.is_compiling() or transforms_active() or lengths.is_meta)
             if known and lengths.numel() > 0:
                 least, most = int(lengths.min()), int(lengths.max())
                 if least < 0 or most > x.size(0):
@@ -437,7 +441,6 @@ class LSTM(nn.Module):
         if lengths is not None:
             if lengths.is_floating_point() or lengths.dtype == torch.bool:
                 raise ValueError(f"LSTM: Expected lengths as integers, got {lengths.dtype}; convert them with .long()")
-            lengths = lengths.to(input.device, torch.int64)
         if reset is not None:
             reset = reset.to(input.device, torch.bool)
         if input.dim() != 2 and input.dim() != 3:
@@ -469,6 +472,8 @@ class LSTM(nn.Module):
             if not batched:
                 h, c = h.unsqueeze(1), c.unsqueeze(1)
         self._check(x, h, c, weights[0], lengths, reset)
+        if lengths is not None:
+            lengths = lengths.to(x.device, torch.int64)
 
         output, h, c, cells = self._stack(x, h, c, weights, lengths, reset)
         if not batched:
@@ -517,7 +522,8 @@ class LSTM(nn.Module):
             raise ValueError("LSTM: Expected no reset with a PackedSequence; pass a padded input and lengths")
         if packed.data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {packed.data.dim()}")
-        kernels = self.use_ops and (has_kernel(packed.data) or widens(packed.data))
+        data = packed.data
+        kernels = self.use_ops and (has_kernel(data) or widens(data) or cast_to(data) is not None)
         if self._packs(None) if kernels else self._torch_can(packed.data, False):
             return self._run_packed(packed, hx, kernels)
         if self.batch_first:
@@ -619,17 +625,32 @@ class LSTM(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All layers: x (T, N, input_size) -> output, h_n, c_n, cells (empty unless asked for). In eager mode also x
         (P, input_size), packed as ``batch_sizes`` tells."""
-        kernels = self.use_ops and has_kernel(x)
-        if not torch.jit.is_scripting():
-            if self.use_ops and widens(x) and h.dtype == x.dtype and c.dtype == x.dtype:
+        kernels = False
+        if self.use_ops:  # constant: a TorchScript file without operators names none
+            kernels = has_kernel(x)
+        if torch.jit.is_scripting():
+            if x.is_cuda and x.dtype != weights[0].dtype:  # autocast, which torch.lstm knows
+                kernels = False
+        else:
+            if not kernels and self.use_ops:
+                dtype = cast_to(x)
+                if dtype is not None:
+                    cast = [weight.to(dtype) for weight in weights]
+                    with torch.autocast(x.device.type, enabled=False):
+                        return self._stack(x.to(dtype), h.to(dtype), c.to(dtype), cast, lengths, reset, batch_sizes)
+            if not kernels and self.use_ops and widens(x) and h.dtype == x.dtype and c.dtype == x.dtype:
                 wide = [weight.float() for weight in weights]
                 answers = self._stack(x.float(), h.float(), c.float(), wide, lengths, reset, batch_sizes)
                 output, h, c, cells = [answer.to(x.dtype) for answer in answers]
                 return output, h, c, cells
             # Plain layers over whole rows forwards are lstm_layer's, which takes x as it lies.
             beyond = lengths is not None or self.proj_size > 0 or self.bidirectional
-            if kernels and beyond and x.dim() == 3 and self._packs(reset):
+            known = lengths is None or lengths.is_cpu
+            if kernels and beyond and known and x.dim() == 3 and self._packs(reset) and not self._whole(x, reset):
                 return self._stack_of_rows(x, h, c, weights, lengths)
+        if self.use_ops:
+            if kernels and self._whole(x, reset):
+                return self._whole_stack(x, h, c, weights, lengths, reset, batch_sizes)
         if not kernels:
             if self._torch_can(x, lengths is not None or reset is not None):
                 output, h, c = torch.lstm(
@@ -652,6 +673,8 @@ class LSTM(nn.Module):
 
         if lengths is not None:
             # What lies past the end of a row may be anything. A NaN there would meet the gradient, zero or not.
+            if x.is_cuda:
+                lengths = lengths.clamp(0, x.size(0))
             past = torch.arange(x.size(0), device=x.device).unsqueeze(1) >= lengths.unsqueeze(0)
             x = x.masked_fill(past.unsqueeze(2), 0.0)
         initial_h: Optional[Tensor] = None
@@ -700,6 +723,123 @@ class LSTM(nn.Module):
                 y = nn.functional.dropout(y, self.dropout, self.training)
             x = y
         return x, torch.stack(last_h), torch.stack(last_c), cells
+
+    def _whole(self, x: Tensor, reset: Optional[Tensor]) -> bool:
+        """Whether lstm_layers takes the stack, or each of its layers."""
+        if not on_device(x) or not self._plain or self.proj_size > 0 or self.zoneout_h > 0.0 or self.zoneout_c > 0.0:
+            return False
+        if self.training and self.recurrent_dropout > 0.0:
+            return False
+        if self.return_cell_states and self.memory_efficient:  # it answers the cells together with the gates
+            return False
+        if self.learn_initial_state and reset is not None:  # of what resets put it has no gradient
+            return not torch.is_grad_enabled()
+        return True
+
+    def _whole_stack(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        weights: list[Tensor],
+        lengths: Optional[Tensor],
+        reset: Optional[Tensor],
+        batch_sizes: Optional[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """:meth:`_stack` in one call, or in one call a layer where something stands between the layers."""
+        if self.weight_drop > 0.0:
+            dropped: list[Tensor] = []
+            for place in range(len(weights)):
+                weight = weights[place]
+                if place % len(self._names) == 1:  # weight_hh
+                    weight = nn.functional.dropout(weight, self.weight_drop, self.training)
+                dropped.append(weight)
+            weights = dropped
+        initial_h: Optional[Tensor] = None
+        initial_c: Optional[Tensor] = None
+        if self.learn_initial_state and reset is not None:
+            initial_h, initial_c = self._initial_pair()
+            initial_h, initial_c = initial_h.to(x.dtype), initial_c.to(x.dtype)
+        keep = torch.is_grad_enabled() and not self.memory_efficient
+        apart = self.return_cell_states or (self.num_layers > 1 and self.residual)
+        if not apart and not (self.training and self.dropout > 0.0):
+            y, h, c, _ = self._layers_call(x, batch_sizes, lengths, reset, h, c, initial_h, initial_c, weights, keep)
+            return y, h, c, x.new_empty([0] * x.dim())
+        rows = 2 if self.bidirectional else 1
+        count = len(weights) // self.num_layers
+        last_h: list[Tensor] = []
+        last_c: list[Tensor] = []
+        cells = x.new_empty([0] * x.dim())
+        for layer in range(self.num_layers):
+            last = layer + 1 == self.num_layers
+            want_cells = self.return_cell_states and last
+            at = layer * rows
+            y, h_n, c_n, each = self._layers_call(
+                x,
+                batch_sizes,
+                lengths,
+                reset,
+                h.narrow(0, at, rows),
+                c.narrow(0, at, rows),
+                initial_h.narrow(0, at, rows) if initial_h is not None else None,
+                initial_c.narrow(0, at, rows) if initial_c is not None else None,
+                weights[layer * count : (layer + 1) * count],
+                keep or want_cells,
+            )
+            last_h.append(h_n)
+            last_c.append(c_n)
+            if want_cells:
+                each = torch.cat([each[0], each[1]], -1) if self.bidirectional else each[0]
+                cells = each.view(y.shape)
+                if lengths is not None:
+                    past = torch.arange(x.size(0), device=x.device).unsqueeze(1) >= lengths.unsqueeze(0)
+                    cells = cells.masked_fill(past.unsqueeze(2), 0.0)
+            if self.residual and layer > 0:
+                y = y + x
+            if self.dropout > 0.0 and not last:
+                y = nn.functional.dropout(y, self.dropout, self.training)
+            x = y
+        return x, torch.cat(last_h), torch.cat(last_c), cells
+
+    def _layers_call(
+        self,
+        x: Tensor,
+        batch_sizes: Optional[Tensor],
+        lengths: Optional[Tensor],
+        reset: Optional[Tensor],
+        h: Tensor,
+        c: Tensor,
+        initial_h: Optional[Tensor],
+        initial_c: Optional[Tensor],
+        weights: list[Tensor],
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """lstm_layers: y, h_n, c_n and the cells (stages, P, H) if saved."""
+        if not torch.jit.is_scripting():
+            if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+                return self._eager_layers(
+                    x,
+                    batch_sizes,
+                    lengths,
+                    reset,
+                    h,
+                    c,
+                    initial_h,
+                    initial_c,
+                    weights,
+                    self.bias,
+                    self.bidirectional,
+                    save,
+                )
+        y, h, c, _, _, cells = torch.ops.cellstep.lstm_layers(
+            x, batch_sizes, lengths, reset, h, c, initial_h, initial_c, weights, self.bias, self.bidirectional, save
+        )
+        return y, h, c, cells
+
+    @torch.jit.unused
+    def _eager_layers(self, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, h, c, _, _, cells = cellstep.ops.lstm_layers(*arguments)
+        return y, h, c, cells
 
     def _torch_can(self, x: Tensor, ragged: bool) -> bool:
         """Whether torch.lstm, which has kernels of its own for more devices, computes the same."""
@@ -827,7 +967,7 @@ class LSTM(nn.Module):
                 keep_c = x.new_empty([x.size(0), x.size(1), c.size(1)]).bernoulli_(self.zoneout_c)
         bias_ih, bias_hh = p.get("bias_ih"), p.get("bias_hh")
         gate_activation, activation, output_activation = self._activations
-        if self.use_ops:  # constant, so that a TorchScript file without operators does not name them
+        if self.use_ops:
             zoned = self.zoneout_h > 0.0 or self.zoneout_c > 0.0
             masked = mask_h is not None or mask_g is not None
             plain = self._plain and self.proj_size == 0 and reset is None and not zoned and not masked

@@ -35,6 +35,7 @@ def inference_only(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
+        and x.is_cpu
         and has_kernel(x)
     )
 

@@ -1,0 +1,221 @@
+"""The CUDA operators against float64 from the formula: all sizes on the device, small ones on the emulation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems import (
+    KERNELS,
+    Problem,
+    Target,
+    backward,
+    find_target,
+    forced,
+    forward,
+    has,
+    may_refuse,
+    poison,
+    takes,
+    wrong,
+)
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", params=["emulated", "cuda"])
+def target(request: pytest.FixtureRequest) -> Target:
+    found = find_target(request.param)
+    if isinstance(found, str):
+        pytest.skip(found)
+    if not has(found, "lstm_layers"):
+        assert found.emulated, "the CUDA library has no lstm_layers"
+        pytest.skip("the emulation was built without lstm_layers")
+    return found
+
+
+@pytest.fixture
+def device(target: Target) -> Target:
+    if target.emulated:
+        pytest.skip("needs a CUDA device")
+    return target
+
+
+def check(target: Target, kernel: str, sizes: tuple[int, ...], dtype: torch.dtype, **options: Any) -> None:
+    gradients = options.pop("gradients", True)
+    if not takes(kernel, dtype, sizes[3], sizes[5]):
+        pytest.skip(f"{kernel} is not for H = {sizes[3]} in {dtype} in {sizes[5]} directions")
+    problem = Problem(sizes, dtype, target.device, **options)  # type: ignore[arg-type]
+    with forced(kernel):
+        assert not wrong(target, problem, gradients)
+
+
+def wrong_or_refused(target: Target, problem: Problem) -> list[str]:
+    try:
+        return wrong(target, problem, True)
+    except RuntimeError as error:
+        if may_refuse(problem, error):
+            return []
+        raise
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1, 1, 1), (5, 3, 2, 7, 2, 1), (4, 2, 3, 33, 1, 2), (3, 17, 5, 50, 2, 1), (2, 9, 4, 16, 3, 2)]
+)
+def test_sizes(target: Target, kernel: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(target, kernel, sizes, dtype)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lengths": True},
+        {"reset": True},
+        {"lengths": True, "reset": True},
+        {"packed": True},
+        {"biased": False},
+        {"biased": False, "packed": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_ragged(target: Target, kernel: str, dtype: torch.dtype, options: dict[str, bool], directions: int) -> None:
+    check(target, kernel, (7, 5, 3, 13, 2, directions), dtype, **options)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nothing_in_the_batch(target: Target, kernel: str) -> None:
+    """No rows: empty answers, and weight gradients of zero."""
+    problem = Problem((3, 0, 2, 5, 2, 1), torch.float32, target.device)
+    with forced(kernel):
+        outputs = forward(target, problem, True)
+        gradients = backward(target, problem, outputs)
+    assert outputs[0].shape == (3, 0, 5) and outputs[1].shape == (2, 0, 5)
+    assert all(float(gradient.abs().sum()) == 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_strides(target: Target, kernel: str) -> None:
+    """What a batch-first caller hands over, and rows of a wider array: the answer of a copy."""
+    dtype = torch.float16 if kernel in ("tensor", "cluster") else torch.float32
+    problem = Problem((6, 4, 3, 11, 1, 1), dtype, target.device)
+    x, *rest = problem.arguments(False)
+    wide = torch.full((4, 6, 8), float("nan"), dtype=dtype, device=target.device)
+    wide[:, :, 2:5] = x.transpose(0, 1)
+    with forced(kernel):
+        expected = target.ops.lstm_layers(x, *rest)
+        poison(target)
+        found = target.ops.lstm_layers(wide[:, :, 2:5].transpose(0, 1), *rest)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bits(target: Target, kernel: str, dtype: torch.dtype) -> None:
+    """The same bits on every run."""
+    sizes = (4, 5, 3, 20, 2, 1) if target.emulated else (40, 37, 10, 50, 2, 1)
+    if not takes(kernel, dtype, sizes[3]):
+        pytest.skip(f"{kernel} is not for {dtype}")
+    problem = Problem(sizes, dtype, target.device, lengths=True)
+
+    def answer() -> list[torch.Tensor]:
+        outputs = forward(target, problem, True)
+        return [*outputs, *backward(target, problem, outputs)]
+
+    with forced(kernel):
+        first = answer()
+        for _ in range(3 if target.emulated else 1000):
+            assert all(torch.equal(a, b) for a, b in zip(first, answer(), strict=True))
+
+
+@pytest.mark.parametrize("units", [*range(1, 300, 13), 31, 32, 63, 64, 65, 127, 128, 155, 219, 220, 256, 299, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_every_hidden_size(device: Target, units: int, dtype: torch.dtype) -> None:
+    for kernel in KERNELS:
+        if takes(kernel, dtype, units):
+            with forced(kernel):
+                problem = Problem((6, 11, 5, units, 2, 1), dtype, device.device, seed=units)
+                assert not wrong_or_refused(device, problem), kernel
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 65536, 2, 8, 2, 1),
+        (2, 4099, 3, 24, 1, 2),
+        (10000, 1, 3, 20, 1, 1),
+        (10000, 2, 3, 100, 1, 1),
+        (100, 64, 64, 128, 2, 1),
+        (5, 300, 129, 300, 1, 2),
+        (3, 2, 1000, 17, 1, 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_large(device: Target, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    # The graph of 10,000 steps is the processor's work of minutes; a hundred times the steps show what is lost in one.
+    check(device, "", sizes, dtype, gradients=sizes[0] < 1000)
+
+
+def run_problem(target: Target, problem: Problem) -> Callable[[], list[torch.Tensor]]:
+    arguments = problem.arguments(False)
+    return lambda: list(target.ops.lstm_layers(*arguments))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_two_streams(device: Target, kernel: str) -> None:
+    """Two calls at once answer what each answers alone."""
+    problems = [Problem((200, 33, 10, 50, 2, 1), torch.float32, device.device, seed=seed) for seed in (1, 2)]
+    with forced(kernel):
+        calls = [run_problem(device, problem) for problem in problems]
+        alone = [call() for call in calls]
+        streams = [torch.cuda.Stream() for _ in calls]
+        torch.cuda.synchronize()
+        together: list[list[list[torch.Tensor]]] = [[], []]
+        for _ in range(20):
+            for call, stream, found in zip(calls, streams, together, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(call())
+        torch.cuda.synchronize()
+    for expected, found in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for answers in found for a, b in zip(expected, answers, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_graph(device: Target, kernel: str) -> None:
+    """A captured call, replayed on other input, gives the bits of an eager one, forwards and backwards."""
+    problem, other = (Problem((20, 9, 10, 50, 2, 1), torch.float32, device.device, seed=seed) for seed in (1, 2))
+    x, batch_sizes, lengths, reset, h, c, _, _, weights, biased, bidirectional, _ = problem.arguments(True)
+    grads = [grad.to(device.device) for grad in (problem.grad_y, problem.grad_h, problem.grad_c)]
+
+    def call() -> list[torch.Tensor]:
+        outputs = device.ops.lstm_layers(
+            x, batch_sizes, lengths, reset, h, c, None, None, weights, biased, bidirectional, True
+        )
+        *gradients, of_weights = device.ops.lstm_layers_backward(
+            *(*grads, None, x, batch_sizes, lengths, reset, h, c, weights, biased, bidirectional),
+            *(outputs[0], *outputs[3:], True),
+        )
+        return [*outputs, *gradients, *of_weights]
+
+    with forced(kernel):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call()
+        x.copy_(other.x)
+        h.copy_(other.h)
+        for answer in found:
+            if answer.is_floating_point():
+                answer.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = call()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
