@@ -65,7 +65,11 @@ __host__ __device__ constexpr int slots_of(int columns, int lanes, int rows, int
 /// more than 8 warps can have 255 registers each.
 __host__ __device__ constexpr bool has_fifth(int held) { return held == 38 || held == 40; }
 
-__host__ __device__ constexpr int fifth_held(int rows) { return rows == 1 ? 40 : 38; }
+/// Columns in registers where a group has few lanes: as many as the sums of so many rows leave registers for.
+constexpr int narrow_held(int rows, bool fifth) {
+    if (fifth) return rows == 1 ? 40 : 38;
+    return rows == 1 ? 48 : rows == 2 ? 44 : 36;
+}
 
 /// Sums of a warp of groups, for a row.
 __host__ __device__ constexpr int warp_sums(int lanes, int held) { return 32 / lanes * (has_fifth(held) ? 5 : 4); }
@@ -155,7 +159,7 @@ struct Weights {
             add(sums, weights, weights_fifth, chunks[at * Lanes]);
         }
         chunks += Held / chunk * Lanes;
-#pragma unroll (fifth ? 1 : 2)
+#pragma unroll(fifth ? 1 : 2)
         for (int at = 0; at < rest_chunks; ++at) {
             float4 weights[chunk];
             float weights_fifth[chunk];
@@ -808,7 +812,7 @@ Plan plan(int sums, int lanes, int columns, int rows) {
         const int needed = slots_of(columns, lanes, rows, 0);
         const bool more = lanes == 4 && needed > 24;
         if (!(more && hold(needed <= 32 ? 32 : 48)) && !hold(needed <= 8 ? 8 : needed <= 16 ? 16 : 24)) return found;
-    } else if (!hold(48) && !(rows <= 2 && hold(fifth_held(rows)))) {
+    } else if (!hold(narrow_held(rows, false)) && !(rows <= 2 && hold(narrow_held(rows, true)))) {
         return found;
     }
     const int slots = slots_of(columns, lanes, rows, found.held);
@@ -874,19 +878,25 @@ const char* start(const Plan& how, const Backward& call) {
 template <int Lanes, int Held, class Task>
 const char* start_rows(const Plan& how, const Task& task) {
     if (how.rows == 1) return start<Lanes, Held, 1>(how, task);
-    if (how.rows == 2) return start<Lanes, Held, 2>(how, task);
-    if constexpr (Lanes == 8)
-        return nullptr;  // not planned
+    return how.rows == 2 ? start<Lanes, Held, 2>(how, task) : start<Lanes, Held, 4>(how, task);
+}
+
+template <int Lanes, class Task>
+const char* start_narrow(const Plan& how, const Task& task) {
+    if (has_fifth(how.held))
+        return how.rows == 1 ? start<Lanes, narrow_held(1, true), 1>(how, task)
+                             : start<Lanes, narrow_held(2, true), 2>(how, task);
+    if (how.rows == 1) return start<Lanes, narrow_held(1, false), 1>(how, task);
+    if (how.rows == 2) return start<Lanes, narrow_held(2, false), 2>(how, task);
+    if constexpr (Lanes == 2)
+        return start<Lanes, narrow_held(4, false), 4>(how, task);
     else
-        return start<Lanes, Held, 4>(how, task);
+        return nullptr;  // not planned
 }
 
 template <int Wide, int Narrow, class Task>
 const char* start_any(const Plan& how, const Task& task) {
-    if (how.lanes == Narrow) {
-        if (how.held == 48) return start_rows<Narrow, 48>(how, task);
-        return how.rows == 1 ? start<Narrow, fifth_held(1), 1>(how, task) : start<Narrow, fifth_held(2), 2>(how, task);
-    }
+    if (how.lanes == Narrow) return start_narrow<Narrow>(how, task);
     if (how.held == 8) return start_rows<Wide, 8>(how, task);
     if (how.held == 16) return start_rows<Wide, 16>(how, task);
     if (how.held == 24) return start_rows<Wide, 24>(how, task);
