@@ -7,6 +7,9 @@
 // shared memory as [column][row], so that one read of 16 bytes serves 4 / rows columns of all rows; a chunk of columns
 // goes to each lane of a group in turn. The lanes that read the same chunk stand side by side in the warp, which lets
 // the hardware serve them together. A step's vector is double: one is read while the next is written.
+//
+// Above 128 units a group owns a fifth sum: forward a gate of a unit that four groups share, backward one more unit. A
+// warp then has 20 units, and its sums go by way of shared memory to the first 20 of its lanes.
 
 #include <cmath>
 #include <cstring>
