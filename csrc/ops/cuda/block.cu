@@ -7,6 +7,9 @@
 // shared memory as [column][row], so that one read of 16 bytes serves 4 / rows columns of all rows; a chunk of columns
 // goes to each lane of a group in turn. The lanes that read the same chunk stand side by side in the warp, which lets
 // the hardware serve them together. A step's vector is double: one is read while the next is written.
+//
+// Above 128 units a group owns a fifth sum: forward a gate of a unit that four groups share, backward one more unit. A
+// warp then has 20 units, and its sums go by way of shared memory to the first 20 of its lanes.
 
 #include <cmath>
 #include <cstring>
@@ -61,45 +64,72 @@ __host__ __device__ constexpr int slots_of(int columns, int lanes, int rows, int
     return slots > held ? slots : held;
 }
 
+/// With this many columns in registers a group owns a fifth sum of every row: 160 units are then 8 warps' work, and no
+/// more than 8 warps can have 255 registers each.
+__host__ __device__ constexpr bool has_fifth(int held) { return held == 38 || held == 40; }
+
+/// Columns in registers where a group has few lanes: as many as the sums of so many rows leave registers for.
+constexpr int narrow_held(int rows, bool fifth) {
+    if (fifth) return rows == 1 ? 40 : 38;
+    return rows == 1 ? 48 : rows == 2 ? 44 : 36;
+}
+
+/// Sums of a warp of groups, for a row.
+__host__ __device__ constexpr int warp_sums(int lanes, int held) { return 32 / lanes * (has_fifth(held) ? 5 : 4); }
+
 constexpr std::size_t shared_bytes(int slots, int lanes, int rows, int held, int threads) {
-    return std::size_t(2) * slots * lanes * rows * sizeof(float) + std::size_t(slots - held) * threads * sizeof(float4);
+    const int exchanged = has_fifth(held) ? threads / 32 * rows * warp_sums(lanes, held) : 0;
+    return sizeof(float) * (std::size_t(2) * slots * lanes * rows + exchanged +
+                            std::size_t(slots - held) * threads * (has_fifth(held) ? 5 : 4));
 }
 
 /// Where a thread stands: `lanes` of a warp make a group, its parts as far from each other as can be.
 template <int Lanes>
 struct Place {
-    int group;
-    int part;
-    __device__ Place() {
-        const int lane = threadIdx.x % 32;
-        group = static_cast<int>(threadIdx.x / 32) * (32 / Lanes) + lane % (32 / Lanes);
-        part = lane / (32 / Lanes);
-    }
+    static constexpr int groups = 32 / Lanes;
+    int warp = static_cast<int>(threadIdx.x) / 32;
+    int lane = static_cast<int>(threadIdx.x) % 32;
+    int group = lane % groups;  ///< in the warp
+    int part = lane / groups;
 };
 
-/// A lane's share of the weights: four for each of its columns.
+/// A lane's share of the weights: four for each of its columns, or five.
 template <int Lanes, int Held, int Rows>
 struct Weights {
     static constexpr int chunk = 4 / Rows;
+    static constexpr bool fifth = has_fifth(Held);
     static_assert(Held % chunk == 0, "whole chunks in registers");
     float4 held[Held];
+    float held_fifth[fifth ? Held : 1];
     const float4* rest;
+    const float* rest_fifth;
     int rest_chunks;
 
-    /// `column(k)`: the four weights of column k.
-    template <class Column>
-    __device__ void fill(float4* shared, int slots, int part, const Column& column) {
+    /// `column(k)`: the four weights of column k; `fifth_column(k)`: the fifth.
+    template <class Column, class FifthColumn>
+    __device__ void fill(float4* shared, int slots, int part, const Column& column, const FifthColumn& fifth_column) {
+        const auto place = [&](int slot) { return (slot / chunk * Lanes + part) * chunk + slot % chunk; };
+        float* const shared_fifth = reinterpret_cast<float*>(shared + (slots - Held) * blockDim.x);
 #pragma unroll
-        for (int slot = 0; slot < Held; ++slot)
-            held[slot] = column((slot / chunk * Lanes + part) * chunk + slot % chunk);
-        for (int slot = Held; slot < slots; ++slot)
-            shared[(slot - Held) * blockDim.x + threadIdx.x] =
-                column((slot / chunk * Lanes + part) * chunk + slot % chunk);
+        for (int slot = 0; slot < Held; ++slot) {
+            held[slot] = column(place(slot));
+            if constexpr (fifth) held_fifth[slot] = fifth_column(place(slot));
+        }
+        for (int slot = Held; slot < slots; ++slot) {
+            const int at = (slot - Held) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+            shared[at] = column(place(slot));
+            if constexpr (fifth) shared_fifth[at] = fifth_column(place(slot));
+        }
         rest = shared + threadIdx.x;
+        rest_fifth = shared_fifth + threadIdx.x;
         rest_chunks = (slots - Held) / chunk;
     }
 
-    __device__ static void add(float (&sums)[4 * Rows], const float4 (&weights)[chunk], const float4& vector) {
+    /// The sums of one row behind one another, and behind those of all rows the fifth ones.
+    static constexpr int sum_count = (fifth ? 5 : 4) * Rows;
+
+    __device__ static void add(float (&sums)[sum_count], const float4 (&weights)[chunk],
+                               const float (&weights_fifth)[chunk], const float4& vector) {
         const float values[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
         for (int at = 0; at < 4; ++at) {
@@ -109,30 +139,41 @@ struct Weights {
             sums[row + 1] += weight.y * values[at];
             sums[row + 2] += weight.z * values[at];
             sums[row + 3] += weight.w * values[at];
+            if constexpr (fifth) sums[4 * Rows + at % Rows] += weights_fifth[at / Rows] * values[at];
         }
     }
 
-    /// sums [row][4] of this lane's columns.
-    __device__ void multiply(float (&sums)[4 * Rows], const float* vector, int part) const {
+    /// The sums of this lane's columns.
+    __device__ void multiply(float (&sums)[sum_count], const float* vector, int part) const {
         const float4* chunks = reinterpret_cast<const float4*>(vector) + part;
         const float4* more = rest;
+        const float* more_fifth = rest_fifth;
 #pragma unroll
-        for (int at = 0; at < 4 * Rows; ++at) sums[at] = 0.0f;
+        for (int at = 0; at < sum_count; ++at) sums[at] = 0.0f;
 #pragma unroll
         for (int at = 0; at < Held / chunk; ++at) {
             float4 weights[chunk];
+            float weights_fifth[chunk];
 #pragma unroll
-            for (int k = 0; k < chunk; ++k) weights[k] = held[at * chunk + k];
-            add(sums, weights, chunks[at * Lanes]);
+            for (int k = 0; k < chunk; ++k) {
+                weights[k] = held[at * chunk + k];
+                weights_fifth[k] = fifth ? held_fifth[at * chunk + k] : 0.0f;
+            }
+            add(sums, weights, weights_fifth, chunks[at * Lanes]);
         }
         chunks += Held / chunk * Lanes;
-#pragma unroll 2
+#pragma unroll(fifth ? 1 : 2)
         for (int at = 0; at < rest_chunks; ++at) {
             float4 weights[chunk];
+            float weights_fifth[chunk];
 #pragma unroll
-            for (int k = 0; k < chunk; ++k) weights[k] = more[k * blockDim.x];
-            add(sums, weights, *chunks);
+            for (int k = 0; k < chunk; ++k) {
+                weights[k] = more[k * blockDim.x];
+                weights_fifth[k] = fifth ? more_fifth[k * blockDim.x] : 0.0f;
+            }
+            add(sums, weights, weights_fifth, *chunks);
             more += chunk * blockDim.x;
+            more_fifth += chunk * blockDim.x;
             chunks += Lanes;
         }
     }
@@ -140,8 +181,8 @@ struct Weights {
 
 /// Adds up the sums of a group's lanes and deals them out: with fewer lanes than sums, a lane's are the ones from
 /// part * Sums / Lanes on; with more, Lanes / Sums lanes side by side have the same one.
-template <int Lanes, int Sums, int Bit = Lanes / 2, int All>
-__device__ inline void deal(float (&sums)[All], int part) {
+template <int Lanes, int Sums, int Bit = Lanes / 2>
+__device__ inline void deal(float* sums, int part) {
     constexpr int left = Sums > 1 ? Sums / 2 : 1;
     constexpr int mask = Bit * (32 / Lanes);
     if constexpr (Sums > 1) {
@@ -156,6 +197,31 @@ __device__ inline void deal(float (&sums)[All], int part) {
         sums[0] += shuffle_xor(sums[0], mask);
     }
     if constexpr (Bit > 1) deal<Lanes, left, Bit / 2>(sums, part);
+}
+
+/// As deal(), where groups own five sums: by way of shared memory a lane gets those from lane * Own on, of each row.
+/// The fifth sums of the warp's groups come behind the others.
+template <int Lanes, int Held, int Rows, int Own>
+__device__ inline void exchange(float (&sums)[5 * Rows], float* shared, const Place<Lanes>& place,
+                                float (&own)[Own * Rows]) {
+    constexpr int in_warp = warp_sums(Lanes, Held), groups = Place<Lanes>::groups;
+    constexpr int dealt = 4 * Rows > Lanes ? 4 * Rows / Lanes : 1, dealt_fifth = Rows > Lanes ? Rows / Lanes : 1;
+    float* const mine = shared + place.warp * (Rows * in_warp);
+    deal<Lanes, 4 * Rows>(sums, place.part);
+    deal<Lanes, Rows>(sums + 4 * Rows, place.part);
+#pragma unroll
+    for (int k = 0; k < dealt; ++k) {
+        const int at = place.part * 4 * Rows / Lanes + k;
+        mine[at / 4 * in_warp + place.group * 4 + at % 4] = sums[k];
+    }
+#pragma unroll
+    for (int k = 0; k < dealt_fifth; ++k)
+        mine[(place.part * Rows / Lanes + k) * in_warp + 4 * groups + place.group] = sums[4 * Rows + k];
+    warp_sync();
+    if (place.lane < in_warp / Own) {
+#pragma unroll
+        for (int k = 0; k < Own * Rows; ++k) own[k] = mine[k / Own * in_warp + place.lane * Own + k % Own];
+    }
 }
 
 /// A stage's steps for the rows of one tile.
@@ -226,6 +292,14 @@ struct GateColumns {
         const std::int64_t gate = recurrent ? hh_gate : ih_gate;
         return make_float4(to_float(at[0]), to_float(at[2 * gate]), to_float(at[gate]), to_float(at[3 * gate]));
     }
+
+    /// The weight of one of the four sums.
+    __device__ float sum(int k, int which) const {
+        if (k >= columns) return 0.0f;
+        const int gate = gate_of(which);
+        return k < hidden_size ? to_float(hh[gate * hh_gate + k * hh_column])
+                               : to_float(ih[gate * ih_gate + (k - hidden_size) * ih_column]);
+    }
 };
 
 /// Column k of the transposed weight_hh: gate sum k's weights for four units.
@@ -235,16 +309,15 @@ struct UnitColumns {
     int first_unit, hidden_size;
 
     __device__ float4 operator()(int k) const {
-        float found[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (k < 4 * hidden_size) {
-            const int gate = k / hidden_size, unit = k - gate * hidden_size;
-            const T* at =
-                static_cast<const T*>(view.data) + gate * view.gate + unit / 16 * view.panel + unit % 16 * view.unit;
-#pragma unroll
-            for (int next = 0; next < 4; ++next)
-                if (first_unit + next < hidden_size) found[next] = to_float(at[(first_unit + next) * view.column]);
-        }
-        return make_float4(found[0], found[1], found[2], found[3]);
+        return make_float4(weight(k, first_unit), weight(k, first_unit + 1), weight(k, first_unit + 2),
+                           weight(k, first_unit + 3));
+    }
+
+    __device__ float weight(int k, int of_unit) const {
+        if (k >= 4 * hidden_size || of_unit >= hidden_size) return 0.0f;
+        const int gate = k / hidden_size, unit = k - gate * hidden_size;
+        return to_float(static_cast<const T*>(
+            view.data)[gate * view.gate + unit / 16 * view.panel + unit % 16 * view.unit + of_unit * view.column]);
     }
 };
 
@@ -261,29 +334,27 @@ struct ForwardTask {
     int publish_every;  ///< steps after which the next layer's block is told
 };
 
-/// Registers for a whole block of the most threads a configuration is used with.
-__host__ __device__ constexpr int most_threads(int lanes, int held) {
-    return held > (lanes == 2 || lanes == 8 ? 40 : 24) ? 256 : 384;
-}
-
-/// Where inputs find no room beside the hidden state: the code for them, and its registers, can go.
-__host__ __device__ constexpr bool needs_sums(int lanes, int held) { return lanes == 2 && held < 48; }
+/// The most threads a block of a configuration has: they get as many registers as that leaves.
+__host__ __device__ constexpr int most_threads(int held) { return held > 24 ? 256 : 384; }
 
 template <int Lanes, int Held, int Rows>
-__global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __grid_constant__ ForwardTask task) {
-    constexpr int own_rows = Rows >= Lanes ? Rows / Lanes : 1;
-    constexpr int own_gates = Rows >= Lanes ? 4 : 4 * Rows / Lanes;
-    constexpr bool only_given = needs_sums(Lanes, Held);
+__global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_constant__ ForwardTask task) {
+    constexpr bool fifth = has_fifth(Held);
+    constexpr int own_rows = fifth ? Rows : Rows >= Lanes ? Rows / Lanes : 1;
+    constexpr int own_gates = fifth || Rows >= Lanes ? 4 : 4 * Rows / Lanes;
+    constexpr int warp_units = warp_sums(Lanes, Held) / 4;
+    constexpr bool only_given = fifth;  // inputs find no room: the code for them, and its registers, can go
 
     const Forward& call = task.call;
     const DataType type = call.type;
-    const int hidden = call.hidden_size, stages = call.layers * call.directions;
+    const int layers = only_given ? 1 : call.layers;
+    const int hidden = call.hidden_size, stages = layers * call.directions;
     const int thread = threadIdx.x;
     float* const vectors = reinterpret_cast<float*>(shared_memory());
 
     // Blocks take their part in the order in which they start, so that one only ever waits for ones that run.
     int ticket = blockIdx.x;
-    if (call.layers > 1) {
+    if (layers > 1) {
         int* const word = reinterpret_cast<int*>(vectors);
         if (thread == 0) *word = fetch_add(call.progress, 1);
         block_sync();
@@ -292,8 +363,8 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
     }
     const int tile = ticket / stages, stage = ticket % stages;
     const int layer = stage / call.directions, direction = stage % call.directions;
-    int* const flags = call.layers > 1 ? call.progress + 1 + tile * stages : nullptr;
-    const bool publishes = layer + 1 < call.layers;
+    int* const flags = layers > 1 ? call.progress + 1 + tile * stages : nullptr;
+    const bool publishes = layer + 1 < layers;
 
     Sweep sweep{call.steps, tile * Rows, call.directions == 2 ? direction == 1 : call.reverse, 0};
 #pragma unroll
@@ -306,28 +377,39 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
     const int slots = slots_of(hidden + inputs, Lanes, Rows, Held);
     const int vector_size = slots * Lanes * Rows;
     const Place<Lanes> place;
-    const int unit = place.group, part = place.part;
-    const bool real = unit < hidden;
+    const int part = place.part;
+    const int group_unit = place.warp * warp_units + place.group;
+    const int unit = fifth ? place.warp * warp_units + place.lane : group_unit;
+    const bool real = unit < hidden && (!fifth || place.lane < warp_units);
     const void* const x = layer == 0 ? call.x : behind(call.outputs, type, (layer - 1) * call.steps.tokens * features);
     void* const y =
-        behind(layer + 1 == call.layers ? call.y : behind(call.outputs, type, layer * call.steps.tokens * features),
-               type, direction * hidden);
+        behind(layer + 1 == layers ? call.y : behind(call.outputs, type, layer * call.steps.tokens * features), type,
+               direction * hidden);
     // Tokens of the stages before, in arrays that have them all.
     const int stage_tokens = stage * static_cast<int>(call.steps.tokens);
 
     Weights<Lanes, Held, Rows> weights;
     float4* const rest = reinterpret_cast<float4*>(vectors + 2 * vector_size);
+    float* const exchanged = reinterpret_cast<float*>(rest) + (slots - Held) * static_cast<int>(blockDim.x) * 5;
     const StageWeights& source = call.stages[stage];
+    const auto fill = [&](auto zero) {
+        using T = decltype(zero);
+        // A fifth sum is a gate of a unit that four groups share.
+        const GateColumns<T> shared_unit(source, place.warp * warp_units + Place<Lanes>::groups + place.group / 4,
+                                         hidden, inputs);
+        weights.fill(rest, slots, part, GateColumns<T>(source, group_unit, hidden, inputs),
+                     [&](int k) { return shared_unit.sum(k, place.group % 4); });
+    };
     if (type == DataType::float32)
-        weights.fill(rest, slots, part, GateColumns<float>(source, unit, hidden, inputs));
+        fill(float());
     else if (type == DataType::float16)
-        weights.fill(rest, slots, part, GateColumns<__half>(source, unit, hidden, inputs));
+        fill(__half());
     else
-        weights.fill(rest, slots, part, GateColumns<__nv_bfloat16>(source, unit, hidden, inputs));
+        fill(__nv_bfloat16());
 
     // What this lane has behind deal(): own_rows rows with all their gates, or some gates of one row.
-    const int share = Rows >= Lanes ? 0 : part % (Lanes / Rows);
-    const int own_row = Rows >= Lanes ? part * own_rows : part / (Lanes / Rows);
+    const int share = own_gates == 4 ? 0 : part % (Lanes / Rows);
+    const int own_row = fifth ? 0 : Rows >= Lanes ? part * own_rows : part / (Lanes / Rows);
     const bool keeps_state = real && (own_gates == 4 || share == (own_gates == 2 ? 1 : 2));
     float bias[own_gates], h[own_rows], c[own_rows];
     int lengths[own_rows];
@@ -448,9 +530,16 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
 #pragma unroll
         for (int at = 0; at < own_rows; ++at) reset[at] = reset_before(step + 1, at);
 
-        float sums[4 * Rows];
+        float sums[Weights<Lanes, Held, Rows>::sum_count];
         weights.multiply(sums, vector, part);
-        deal<Lanes, 4 * Rows>(sums, part);
+        if constexpr (fifth) {
+            float own[4 * Rows] = {};
+            exchange<Lanes, Held, Rows, 4>(sums, exchanged, place, own);
+#pragma unroll
+            for (int at = 0; at < 4 * Rows; ++at) sums[at] = own[at];
+        } else {
+            deal<Lanes, 4 * Rows>(sums, part);
+        }
 
 #pragma unroll
         for (int at = 0; at < own_rows; ++at) {
@@ -535,9 +624,12 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) forward(const __gri
 }
 
 template <int Lanes, int Held, int Rows>
-__global__ void __launch_bounds__(most_threads(Lanes, Held)) backward(const __grid_constant__ Backward call) {
-    static_assert(Lanes >= 4 * Rows, "a lane has one unit of one row");
-    constexpr int twins = Lanes / (4 * Rows);  // lanes with the same unit and row, which part the gates to write
+__global__ void __launch_bounds__(most_threads(Held)) backward(const __grid_constant__ Backward call) {
+    static_assert(Lanes >= 4 * Rows, "a lane has one unit of one row, or with a fifth sum of all rows");
+    constexpr bool fifth = has_fifth(Held);
+    constexpr int own_rows = fifth ? Rows : 1;
+    constexpr int twins = fifth ? 1 : Lanes / (4 * Rows);  // lanes with the same unit and row, which part the gates
+    constexpr int warp_units = warp_sums(Lanes, Held);
 
     const DataType type = call.type;
     const int hidden = call.hidden_size, features = call.directions * hidden;
@@ -553,100 +645,139 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) backward(const __gr
     float* const vectors = reinterpret_cast<float*>(shared_memory());
     const Place<Lanes> place;
     const int part = place.part, twin = part % twins;
-    const int row = part / twins / 4, unit = place.group * 4 + part / twins % 4;
-    const bool real = unit < hidden && sweep.first_row + row < call.steps.batch;
-    const int length = real ? sweep.length(row) : 0;
+    const int row = fifth ? 0 : part / twins / 4;
+    const int unit = place.warp * warp_units + (fifth ? place.lane : place.group * 4 + part / twins % 4);
+    const bool has_unit = unit < hidden && (!fifth || place.lane < warp_units);
+    const auto exists = [&](int at) { return has_unit && sweep.first_row + row + at < call.steps.batch; };
 
     Weights<Lanes, Held, Rows> weights;
     float4* const rest = reinterpret_cast<float4*>(vectors + 2 * vector_size);
+    float* const exchanged = reinterpret_cast<float*>(rest) + (slots - Held) * static_cast<int>(blockDim.x) * 5;
     const WeightView& source = call.weight_hh[direction];
+    const auto fill = [&](auto zero) {
+        using T = decltype(zero);
+        const UnitColumns<T> columns{source, place.warp * warp_units + place.group * 4, hidden};
+        const int fifth_unit = place.warp * warp_units + 4 * Place<Lanes>::groups + place.group;
+        weights.fill(rest, slots, part, columns, [&](int k) { return columns.weight(k, fifth_unit); });
+    };
     if (type == DataType::float32)
-        weights.fill(rest, slots, part, UnitColumns<float>{source, place.group * 4, hidden});
+        fill(float());
     else if (type == DataType::float16)
-        weights.fill(rest, slots, part, UnitColumns<__half>{source, place.group * 4, hidden});
+        fill(__half());
     else
-        weights.fill(rest, slots, part, UnitColumns<__nv_bfloat16>{source, place.group * 4, hidden});
+        fill(__nv_bfloat16());
 
     // Tokens of the other direction, in arrays that have both apart.
     const int stage_tokens = direction * static_cast<int>(call.steps.tokens);
-    const std::int64_t state_at =
-        (static_cast<std::int64_t>(direction) * call.steps.batch + sweep.first_row + row) * hidden + unit;
-    float grad_h = real && call.grad_h_n ? decode(load(call.grad_h_n, type, state_at), type) : 0.0f;
-    float grad_c = real && call.grad_c_n ? decode(load(call.grad_c_n, type, state_at), type) : 0.0f;
+    const auto state_at = [&](int at) {
+        return (static_cast<std::int64_t>(direction) * call.steps.batch + sweep.first_row + row + at) * hidden + unit;
+    };
+    int lengths[own_rows];
+    float grad_h[own_rows], grad_c[own_rows];
+#pragma unroll
+    for (int at = 0; at < own_rows; ++at) {
+        lengths[at] = exists(at) ? sweep.length(row + at) : 0;
+        grad_h[at] = exists(at) && call.grad_h_n ? decode(load(call.grad_h_n, type, state_at(at)), type) : 0.0f;
+        grad_c[at] = exists(at) && call.grad_c_n ? decode(load(call.grad_c_n, type, state_at(at)), type) : 0.0f;
+    }
 
     // Of the step to come; `before` is the cell the step began with, unless it was reset.
-    std::uint32_t gate[4] = {0, 0, 0, 0}, cell = 0, before = 0, to_output = 0, to_cell = 0;
-    unsigned char reset = 0;
+    struct Saved {
+        std::uint32_t gate[4] = {0, 0, 0, 0}, cell = 0, before = 0, to_output = 0, to_cell = 0;
+        unsigned char reset = 0;
+    };
+    Saved saved[own_rows];
     const auto fetch = [&](int step, int base, int base_before) {
         const int t = step < bound ? sweep.time(step) : call.steps.steps;
-        if (t >= length) return;
-        const int token = base + sweep.first_row + row, of_stage = stage_tokens + token;
 #pragma unroll
-        for (int at = 0; at < 4; ++at)
-            gate[at] = load(call.gates, type, std::int64_t(of_stage) * (4 * hidden) + (at * hidden + unit));
-        cell = load(call.cells, type, std::int64_t(of_stage) * hidden + unit);
-        if (call.grad_outputs)
-            to_output = load(call.grad_outputs, type, std::int64_t(token) * features + (direction * hidden + unit));
-        if (call.grad_cells) to_cell = load(call.grad_cells, type, std::int64_t(of_stage) * hidden + unit);
-        const bool first = sweep.falling ? t == 0 : t + 1 == length;
-        before = first ? load(call.c, type, state_at)
-                       : load(call.cells, type,
-                              std::int64_t(stage_tokens + base_before + sweep.first_row + row) * hidden + unit);
-        // A stage that goes backwards comes to step t from t + 1, and the flag of that one parts them.
-        const int flag = sweep.falling ? t : t + 1;
-        reset = call.steps.reset && flag < length
-                    ? call.steps.reset[static_cast<std::int64_t>(flag) * call.steps.batch + sweep.first_row + row]
+        for (int at = 0; at < own_rows; ++at) {
+            if (t >= lengths[at]) continue;
+            Saved& to = saved[at];
+            const int token = base + sweep.first_row + row + at, of_stage = stage_tokens + token;
+#pragma unroll
+            for (int gate = 0; gate < 4; ++gate)
+                to.gate[gate] = load(call.gates, type, std::int64_t(of_stage) * (4 * hidden) + (gate * hidden + unit));
+            to.cell = load(call.cells, type, std::int64_t(of_stage) * hidden + unit);
+            if (call.grad_outputs)
+                to.to_output =
+                    load(call.grad_outputs, type, std::int64_t(token) * features + (direction * hidden + unit));
+            if (call.grad_cells) to.to_cell = load(call.grad_cells, type, std::int64_t(of_stage) * hidden + unit);
+            const bool first = sweep.falling ? t == 0 : t + 1 == lengths[at];
+            to.before =
+                first ? load(call.c, type, state_at(at))
+                      : load(call.cells, type,
+                             std::int64_t(stage_tokens + base_before + sweep.first_row + row + at) * hidden + unit);
+            // A stage that goes backwards comes to step t from t + 1, and the flag of that one parts them.
+            const int flag = sweep.falling ? t : t + 1;
+            to.reset =
+                call.steps.reset && flag < lengths[at]
+                    ? call.steps.reset[static_cast<std::int64_t>(flag) * call.steps.batch + sweep.first_row + row + at]
                     : 0;
+        }
     };
 
     for (int at = threadIdx.x; at < 2 * vector_size; at += blockDim.x) vectors[at] = 0.0f;
     int next_base = sweep.base(1), third_base = sweep.base(2), base = sweep.base(0);
     fetch(0, base, next_base);
-    bool was_active = false, was_reset = false;
+    bool was_active[own_rows] = {}, was_reset[own_rows] = {};
     float *vector = vectors, *next = vectors + vector_size;
     for (int step = 0;; ++step) {
         block_sync();
         const int fourth_base = sweep.base(step + 3);
-        float sums[4 * Rows];
+        float sums[Weights<Lanes, Held, Rows>::sum_count];
         weights.multiply(sums, vector, part);
-        deal<Lanes, 4 * Rows>(sums, part);
-        if (was_active) grad_h = was_reset ? 0.0f : sums[0];
+        if constexpr (fifth) {
+            float own[Rows] = {};
+            exchange<Lanes, Held, Rows, 1>(sums, exchanged, place, own);
+#pragma unroll
+            for (int at = 0; at < Rows; ++at) sums[at] = own[at];
+        } else {
+            deal<Lanes, 4 * Rows>(sums, part);
+        }
+#pragma unroll
+        for (int at = 0; at < own_rows; ++at)
+            if (was_active[at]) grad_h[at] = was_reset[at] ? 0.0f : sums[at];
         if (step == bound) break;
 
-        const bool active = sweep.time(step) < length;
-        float to_sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (active) {
-            const float i = decode(gate[0], type), f = decode(gate[1], type), g = decode(gate[2], type),
-                        o = decode(gate[3], type);
-            float c_before = decode(before, type);
-            if (reset)
-                c_before =
-                    call.initial_c
-                        ? decode(load(call.initial_c, type, static_cast<std::int64_t>(direction) * hidden + unit), type)
-                        : 0.0f;
-            const float squashed = tanh_of(decode(cell, type));
-            const float to_h = grad_h + decode(to_output, type);
-            grad_c += to_h * o * (1.0f - squashed * squashed) + decode(to_cell, type);
-            to_sums[0] = grad_c * g * i * (1.0f - i);
-            to_sums[1] = grad_c * c_before * f * (1.0f - f);
-            to_sums[2] = grad_c * i * (1.0f - g * g);
-            to_sums[3] = to_h * squashed * o * (1.0f - o);
-            grad_c = reset ? 0.0f : grad_c * f;
-        }
-        if (real) {
 #pragma unroll
-            for (int at = 0; at < 4; ++at) {
-                if (at % twins != twin) continue;
-                next[(at * hidden + unit) * Rows + row] = to_sums[at];
-                if (active)
-                    store(
-                        call.grad_sums, type,
-                        std::int64_t(stage_tokens + base + sweep.first_row + row) * (4 * hidden) + (at * hidden + unit),
-                        to_sums[at]);
+        for (int at = 0; at < own_rows; ++at) {
+            const bool active = sweep.time(step) < lengths[at];
+            const Saved& from = saved[at];
+            float to_sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (active) {
+                const float i = decode(from.gate[0], type), f = decode(from.gate[1], type),
+                            g = decode(from.gate[2], type), o = decode(from.gate[3], type);
+                float c_before = decode(from.before, type);
+                if (from.reset)
+                    c_before =
+                        call.initial_c
+                            ? decode(load(call.initial_c, type, static_cast<std::int64_t>(direction) * hidden + unit),
+                                     type)
+                            : 0.0f;
+                const float squashed = tanh_of(decode(from.cell, type));
+                const float to_h = grad_h[at] + decode(from.to_output, type);
+                grad_c[at] += to_h * o * (1.0f - squashed * squashed) + decode(from.to_cell, type);
+                to_sums[0] = grad_c[at] * g * i * (1.0f - i);
+                to_sums[1] = grad_c[at] * c_before * f * (1.0f - f);
+                to_sums[2] = grad_c[at] * i * (1.0f - g * g);
+                to_sums[3] = to_h * squashed * o * (1.0f - o);
+                grad_c[at] = from.reset ? 0.0f : grad_c[at] * f;
             }
+            if (exists(at)) {
+#pragma unroll
+                for (int gate = 0; gate < 4; ++gate) {
+                    if (gate % twins != twin) continue;
+                    next[(gate * hidden + unit) * Rows + row + at] = to_sums[gate];
+                    if (active)
+                        store(call.grad_sums, type,
+                              std::int64_t(stage_tokens + base + sweep.first_row + row + at) * (4 * hidden) +
+                                  (gate * hidden + unit),
+                              to_sums[gate]);
+                }
+            }
+            was_active[at] = active;
+            was_reset[at] = from.reset != 0;
         }
-        was_active = active;
-        was_reset = reset != 0;
         fetch(step + 1, next_base, third_base);
         base = next_base;
         next_base = third_base;
@@ -655,9 +786,11 @@ __global__ void __launch_bounds__(most_threads(Lanes, Held)) backward(const __gr
         vector = next;
         next = last_vector;
     }
-    if (real && twin == 0) {
-        store(call.grad_h, type, state_at, grad_h);
-        store(call.grad_c, type, state_at, grad_c);
+#pragma unroll
+    for (int at = 0; at < own_rows; ++at) {
+        if (!exists(at) || twin != 0) continue;
+        store(call.grad_h, type, state_at(at), grad_h[at]);
+        store(call.grad_c, type, state_at(at), grad_c[at]);
     }
     clear_past_lengths(behind(call.grad_sums, type, std::int64_t(stage_tokens) * 4 * hidden), type, sweep, Rows,
                        4 * hidden, 4 * hidden);
@@ -669,26 +802,24 @@ struct Plan {
     std::size_t shared;
 };
 
-/// `lanes` and `groups` of them, for a vector of `columns`.
-Plan plan(int groups, int lanes, int columns, int rows) {
-    const int in_warp = 32 / lanes, threads = (groups + in_warp - 1) / in_warp * 32;
-    const bool wide = lanes == 4 || lanes == 16;
-    Plan found{lanes, 0, 0, threads, 0};
-    if (wide) {
+/// `lanes` in a group, for so many sums of a row and a vector of `columns`.
+Plan plan(int sums, int lanes, int columns, int rows) {
+    Plan found{lanes, 0, 0, 0, 0};
+    const auto hold = [&](int held) {
+        const int in_warp = warp_sums(lanes, held);
+        found.held = held;
+        found.threads = (sums + in_warp - 1) / in_warp * 32;
+        return found.threads <= most_threads(held);
+    };
+    if (lanes == 4 || lanes == 16) {
         const int needed = slots_of(columns, lanes, rows, 0);
-        found.held = needed <= 8 ? 8 : needed <= 16 ? 16 : needed <= 24 ? 24 : 32;
-        if (needed > 32) found.held = 48;
-        if (lanes == 16 || threads > most_threads(lanes, found.held)) found.held = found.held < 24 ? found.held : 24;
-    } else {
-        found.held = threads <= most_threads(lanes, 48) ? 48 : 32;
-        // A few more, some of which the compiler will not find registers for, where nothing less will do.
-        if (found.held == 32 &&
-            shared_bytes(slots_of(columns, lanes, rows, 32), lanes, rows, 32, threads) > shared_limit())
-            found.held = 36;
+        const bool more = lanes == 4 && needed > 24;
+        if (!(more && hold(needed <= 32 ? 32 : 48)) && !hold(needed <= 8 ? 8 : needed <= 16 ? 16 : 24)) return found;
+    } else if (!hold(narrow_held(rows, false)) && !(rows <= 2 && hold(narrow_held(rows, true)))) {
+        return found;
     }
-    if (threads > most_threads(lanes, found.held)) return found;
     const int slots = slots_of(columns, lanes, rows, found.held);
-    found.shared = shared_bytes(slots, lanes, rows, found.held, threads);
+    found.shared = shared_bytes(slots, lanes, rows, found.held, found.threads);
     if (found.shared <= shared_limit()) found.rows = rows;
     return found;
 }
@@ -719,8 +850,8 @@ Plan plan_of(const Forward& call) {
     if (call.layers > 1 && call.directions * hidden > inputs) inputs = call.directions * hidden;
     if (std::int64_t(call.steps.batch + 4) * inputs >= std::int64_t(1) << 31) return {};
     return choose(4, stages, call.steps.batch, call.multiprocessors, [&](int rows) {
-        const Plan how = plan(hidden, hidden <= 96 ? 4 : 2, hidden + inputs, rows);
-        if (needs_sums(how.lanes, how.held) && !call.sums) return Plan{};
+        const Plan how = plan(4 * hidden, hidden <= 96 ? 4 : 2, hidden + inputs, rows);
+        if (has_fifth(how.held) && !call.sums) return Plan{};
         return std::int64_t(rows) * inputs <= inputs_ahead * how.threads ? how : Plan{};
     });
 }
@@ -729,7 +860,7 @@ Plan plan_of(const Backward& call) {
     const int hidden = call.hidden_size;
     if (!sound(call.type, call.steps, call.directions) || hidden > 160) return {};
     return choose(hidden <= 96 ? 4 : 2, call.directions, call.steps.batch, call.multiprocessors,
-                  [&](int rows) { return plan((hidden + 3) / 4, hidden <= 96 ? 16 : 8, 4 * hidden, rows); });
+                  [&](int rows) { return plan(hidden, hidden <= 96 ? 16 : 8, 4 * hidden, rows); });
 }
 
 unsigned tiles(const Steps& steps, int rows) { return static_cast<unsigned>((steps.batch + rows - 1) / rows); }
@@ -750,19 +881,25 @@ const char* start(const Plan& how, const Backward& call) {
 template <int Lanes, int Held, class Task>
 const char* start_rows(const Plan& how, const Task& task) {
     if (how.rows == 1) return start<Lanes, Held, 1>(how, task);
-    if (how.rows == 2) return start<Lanes, Held, 2>(how, task);
-    if constexpr (Lanes == 8)
-        return nullptr;  // not planned
+    return how.rows == 2 ? start<Lanes, Held, 2>(how, task) : start<Lanes, Held, 4>(how, task);
+}
+
+template <int Lanes, class Task>
+const char* start_narrow(const Plan& how, const Task& task) {
+    if (has_fifth(how.held))
+        return how.rows == 1 ? start<Lanes, narrow_held(1, true), 1>(how, task)
+                             : start<Lanes, narrow_held(2, true), 2>(how, task);
+    if (how.rows == 1) return start<Lanes, narrow_held(1, false), 1>(how, task);
+    if (how.rows == 2) return start<Lanes, narrow_held(2, false), 2>(how, task);
+    if constexpr (Lanes == 2)
+        return start<Lanes, narrow_held(4, false), 4>(how, task);
     else
-        return start<Lanes, Held, 4>(how, task);
+        return nullptr;  // not planned
 }
 
 template <int Wide, int Narrow, class Task>
 const char* start_any(const Plan& how, const Task& task) {
-    if (how.lanes == Narrow) {
-        if (how.held == 48) return start_rows<Narrow, 48>(how, task);
-        return how.held == 32 ? start_rows<Narrow, 32>(how, task) : start_rows<Narrow, 36>(how, task);
-    }
+    if (how.lanes == Narrow) return start_narrow<Narrow>(how, task);
     if (how.held == 8) return start_rows<Wide, 8>(how, task);
     if (how.held == 16) return start_rows<Wide, 16>(how, task);
     if (how.held == 24) return start_rows<Wide, 24>(how, task);
