@@ -32,7 +32,7 @@ BUILD = ROOT / "build" / "cuda-check"
 PACKAGE = BUILD / "python"
 LIBRARIES = ("libcellstep_ops.so", "libcellstep_ops_cuda.so")
 EMULATION = "libcellstep_ops_emulated.so"
-#: Seconds of all parts together; the machine is lent for ten minutes.
+#: Seconds of all parts together: ten minutes of a GPU are to do.
 LIMIT = 570.0
 #: Of those, what is kept for the benchmark, and at most what it may take.
 BENCHMARK = (180.0, 240.0)

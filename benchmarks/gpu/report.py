@@ -1,6 +1,6 @@
 """What benchmarks/cuda.py found: tables as text, as JSON, in README, and as a plot.
 
-The tables are Markdown and read as they are: a machine lent for minutes may have no package that draws others.
+The tables are Markdown and read as they are: a machine with a GPU may have no package that draws others.
 """
 
 import re

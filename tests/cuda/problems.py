@@ -1,6 +1,6 @@
 """Problems for the CUDA operators, on a device or its emulation, and the answers in float64 from the formula.
 
-This module needs torch alone, so that it runs wherever a GPU is lent.
+This module needs torch alone, so that it runs on a machine with a GPU and little else.
 """
 
 import contextlib
