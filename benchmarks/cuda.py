@@ -12,6 +12,9 @@ gpu/rows.py says, at rates and barrier costs of the same run.
 Exit code 1: a row falls short by more than 10%, or has no time. 2: it cannot run, as where there is no CUDA device.
 """
 
+if __name__ == "cuda":  # torch looks for NVIDIA's package of that name, and the other programs here have this directory
+    raise ImportError("expected NVIDIA's package cuda; this is a program: run python benchmarks/cuda.py")
+
 import argparse
 import dataclasses
 import datetime
