@@ -428,7 +428,7 @@ def test_what_does_not_fit_is_refused_in_one_line(emulated, monkeypatch):
     call("none larger than the one before, got 2 at 1", **packed, batch_sizes=torch.tensor([1, 2, 2]))
     call("expected x of as many rows as batch_sizes tell", **packed, batch_sizes=torch.tensor([2, 2]))
     monkeypatch.setenv("CELLSTEP_CUDA_KERNEL", "fast")
-    call("expected CELLSTEP_CUDA_KERNEL as plain, rows, block or tensor, got fast")
+    call("expected CELLSTEP_CUDA_KERNEL as plain, rows, block, tensor or cluster, got fast")
     monkeypatch.setenv("CELLSTEP_CUDA_KERNEL", "tensor")
     call("expected a call that the kernel in CELLSTEP_CUDA_KERNEL can do, got hidden size 5 for tensor")
 
