@@ -2,9 +2,10 @@
 
     python scripts/cuda_check.py --output OUT
 
-The machine needs Python 3.10 with a CUDA build of torch 2.11 or later, nvcc and CMake; everything else is used where it
-is there. --wheels names a folder of wheels to take absent packages from (`pip download -d build/wheels pytest numpy
-hypothesis`), --libraries one with libcellstep_ops.so and libcellstep_ops_cuda.so that were built elsewhere.
+The machine needs Python 3.10 with a CUDA build of torch 2.11 or later, nvcc, CMake and pybind11; everything else is
+used where it is there. --wheels names a folder of wheels to take absent packages from (`pip download -d build/wheels
+pytest numpy hypothesis`), --libraries one with libcellstep_ops.so, libcellstep_ops_cuda.so and _runtime*.so that were
+built elsewhere.
 
 Parts run one after another, each within its own time, and one that fails or runs out of time stops no other; the tables
 come last. OUT holds what they said (check.log), the tables (check.txt, benchmark.*) and check.json: device, driver,
@@ -167,21 +168,24 @@ def install_wheels(check: Check, wheels: Path) -> None:
 
 
 def build(check: Check, libraries: Path | None) -> bool:
-    """The two libraries and the Python sources under build/cuda-check; whether they are there."""
+    """The libraries and the Python sources under build/cuda-check; whether they are there."""
     if libraries is None:
         cmake = find("cmake")
         if cmake is None or find("nvcc") is None:
             return check.add("build", False, "expected cmake and nvcc; found one of them or none").passed
         generator = ["-G", "Ninja"] if find("ninja") else []
         configure = [cmake, "-S", ROOT, "-B", BUILD / "cmake", *generator, "-DCMAKE_BUILD_TYPE=Release"]
-        options = {"PYTHON": "OFF", "TOOLS": "OFF", "CUDA": "ON", "CUDA_EMULATED": "ON" if check.dry_run else "OFF"}
+        options = {"PYTHON": "ON", "TOOLS": "OFF", "CUDA": "ON", "CUDA_EMULATED": "ON" if check.dry_run else "OFF"}
         configure += [f"-DCELLSTEP_BUILD_{name}={value}" for name, value in options.items()]
         # Of the device that is here alone: seconds instead of minutes.
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CUDA_COMPILER={find('nvcc')}"]
         configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}"]
+        configure += [f"-Dpybind11_DIR={said_by(sys.executable, '-m', 'pybind11', '--cmakedir')}"]
         if not check.run("configure", 60, configure).passed:
             return False
-        targets = ["cellstep_ops", "cellstep_ops_cuda", *(["cellstep_ops_emulated"] if check.dry_run else [])]
+        targets = ["cellstep_ops", "cellstep_ops_cuda", "cellstep_python"]
+        if check.dry_run:
+            targets.append("cellstep_ops_emulated")
         command = [cmake, "--build", BUILD / "cmake", "--parallel", os.cpu_count() or 1, "--target", *targets]
         if not check.run("build", 600 if check.dry_run else 240, command).passed:
             return False
@@ -195,6 +199,10 @@ def build(check: Check, libraries: Path | None) -> bool:
         if found is None:
             return check.add("libraries", False, f"expected {name} in '{libraries}'; got none").passed
         shutil.copy2(found, PACKAGE / "cellstep" / "lib" / name)
+    module = next(libraries.rglob("_runtime*.so"), None)
+    if module is None:
+        return check.add("libraries", False, f"expected the module _runtime in '{libraries}'; got none").passed
+    shutil.copy2(module, PACKAGE / "cellstep" / module.name)
     return True
 
 
