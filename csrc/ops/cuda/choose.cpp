@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "tensor.h"
 
@@ -55,24 +56,11 @@ const BackwardRule backward_rules[] = {
     {Kernel::tensor, [](const Backward&) { return true; }},
 };
 
-bool fits(Kernel kernel, const Forward& call) {
+template <class Call>
+bool fits(Kernel kernel, const Call& call) {
     switch (kernel) {
         case Kernel::rows:
-            return rows_fits(call);
-        case Kernel::block:
-            return block_fits(call);
-        case Kernel::tensor:
-            return tensor_fits(call);
-        case Kernel::cluster:
-            return cluster_tensor_fits(call);
-        default:
-            return true;
-    }
-}
-
-bool fits(Kernel kernel, const Backward& call) {
-    switch (kernel) {
-        case Kernel::rows:
+            if constexpr (std::is_same_v<Call, Forward>) return rows_fits(call);
             return false;
         case Kernel::block:
             return block_fits(call);
