@@ -14,6 +14,7 @@
 /// its weights.
 #include <atomic>
 
+#include "exchange.h"
 #include "fragments.h"
 
 namespace cellstep {
@@ -21,38 +22,24 @@ namespace cuda {
 namespace {
 
 constexpr int most_warps = 8;
-constexpr int most_cluster = 16;
 
 /// How the weights and the work lie over blocks, warps and shared memory.
-struct Spread {
-    bool grid;  // parts need not be a cluster
-    int parts;
-    int busy;    // of them, those that have pieces
-    int sent;    // bytes of the values of a step
+struct Spread : Sharing {
     int pieces;  // of a part
     int slices;  // a power of two
     int slice_bits;
     int blocks;   // of k (backward: pairs of them)
     int share;    // of a slice
     int passes;   // of 8 rows
-    int tiles;    // of rows
-    int slots;    // (direction, tile) at once
-    int first;    // (direction, tile) of slot 0: direction * tiles + tile
+    int tiles;    // of rows; group: direction * tiles + tile
     int stride;   // bytes of a row
     int bias_at;  // places in shared memory, in bytes
     int state_at;
     int stage_at;
     int partial_at;
-    int values_at;
     int fragments_at;
     int shared;
-    unsigned char* space;  // of a grid: (slots, 2, rows, stride)
-    int* flags;            // (directions * tiles, parts): steps that a part has sent
 };
-
-/// The compiler takes it for a new value each time, so that what is found from it is found again where it is needed,
-/// and does not stay in registers, which are for weights.
-__device__ inline int this_thread() { return found_anew(static_cast<int>(threadIdx.x)); }
 
 /// What all threads of a part know, in shared memory as well: of a step the token of its row 0, three steps ahead.
 struct Course {
@@ -63,7 +50,7 @@ struct Course {
 
     __device__ int token(int step) const { return tokens[step & 7]; }
 };
-[[maybe_unused]] constexpr int arrivals_at = 176;  // of clusters
+constexpr int arrivals_begin = 176;
 constexpr int course_at = 192;
 static_assert(course_at + sizeof(Course) <= header_bytes, "the header has room");
 
@@ -81,76 +68,11 @@ struct Work {
           slice(thread / 32 & (spread.slices - 1)) {}
 };
 
-/// The tile's values of a step, found by all parts together.
+/// Whether a warp, with a piece of the product or without, leaves behind the first meeting.
 template <bool Clusters>
-struct Exchange {
-    const Spread& spread;
-    unsigned char* memory;
-
-    __device__ int part() const { return static_cast<int>(blockIdx.x) % spread.parts; }
-    __device__ int slot() const { return static_cast<int>(blockIdx.x) / spread.parts; }
-    __device__ int bytes() const { return spread.passes * 8 * spread.stride; }
-    /// What `meet` of that step gave.
-    __device__ unsigned char* values(int step) const {
-        return memory + spread.values_at + (Clusters ? (step & 1) * bytes() : 0);
-    }
-    /// Of a cluster: of the values of step 1 and of every second one behind it, of step 2 and of every second one.
-    __device__ Arrivals* arrivals(int step) const {
-        return reinterpret_cast<Arrivals*>(memory + arrivals_at) + (step & 1);
-    }
-    __device__ unsigned char* space(int step) const {
-        return spread.space + static_cast<std::size_t>(slot() * 2 + (step & 1)) * static_cast<std::size_t>(bytes());
-    }
-    /// Puts 16 bytes at `place` of the values of step `step`, which comes next. Lanes share the parts: this one has
-    /// those from `first` on that are `apart` apart.
-    __device__ void send(int step, int place, const uint4& value, int first, int apart) const {
-        if constexpr (Clusters) {
-            for (int rank = first; rank < spread.busy; rank += apart)
-                send_16(values(step) + place, value, arrivals(step), rank);
-        } else if (first == 0) {
-            write(space(step) + place, value);
-        }
-    }
-    /// Whether a warp, with a piece of the product or without, leaves behind the first meeting.
-    __device__ bool idle(bool with_piece) const {
-        return Clusters && !with_piece && (spread.slices == 1 || part() >= spread.busy);
-    }
-    /// All parts' values of step `step` are here. In a cluster nothing else is waited for: whoever has them all knows
-    /// that all warps of all parts have read those of the step before, as each sends what it found behind its last
-    /// read, so that its buffer is free; and a warp that sends nothing meets the others of its block on the way.
-    __device__ void meet(int step) const {
-        if constexpr (Clusters) {
-            const bool tells = this_thread() == 0;
-            if (step == 0) {
-                for (int next = 0; tells && next < 2; ++next) {
-                    begin_arrivals(arrivals(next));
-                    expect_arrivals(arrivals(next), spread.sent);
-                }
-                cluster_sync();
-                return;
-            }
-            wait_for_arrivals(arrivals(step), (step - 1) / 2, spread.sent);
-            warp_sync();
-            if (tells) expect_arrivals(arrivals(step), spread.sent);
-        } else {
-            block_sync();
-            if (step == 0) return;
-            const int thread = this_thread(), threads = static_cast<int>(blockDim.x);
-            if (thread < 32) {
-                int* const flags = spread.flags + static_cast<std::size_t>(spread.first + slot()) * spread.parts;
-                if (thread == 0) store_release(flags + part(), step);
-                for (int at = thread; at < spread.parts; at += 32)
-                    while (load_acquire(flags + at) < step) pause();
-            }
-            block_sync();
-            const unsigned char* const from = space(step);
-            unsigned char* const to = values(step);
-            for (int at = thread * 16; at < bytes(); at += threads * 16) copy_16(to + at, from + at);
-            wait_for_copies();
-            block_sync();
-        }
-    }
-};
+__device__ inline bool is_idle(const Spread& spread, int part, bool with_piece) {
+    return Clusters && !with_piece && (spread.slices == 1 || part >= spread.busy);
+}
 
 /// -----------------------------------------------------------------------------------------------------------------
 /// Forward. A piece is a group of 8 hidden units, for which a lane has all four gates of one unit for two rows.
@@ -182,11 +104,10 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int threads = static_cast<int>(blockDim.x);
     const int H = call.hidden_size, batch = call.steps.batch;
-    const int direction = (spread.first + exchange.slot()) / spread.tiles;
+    const int direction = exchange.group() / spread.tiles;
     const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
     const int rows = spread.passes * 8;
-    const Tile tile = {call.steps, (spread.first + exchange.slot()) % spread.tiles * rows, rows,
-                       reinterpret_cast<int*>(memory)};
+    const Tile tile = {call.steps, exchange.group() % spread.tiles * rows, rows, reinterpret_cast<int*>(memory)};
     auto& course = *reinterpret_cast<Course*>(memory + course_at);
     if (thread == 0) {
         course.direction = direction;
@@ -222,8 +143,8 @@ __device__ inline void sweep(const ForwardPlan& plan) {
 
     if (thread == 0)
         for (int step = 0; step < 3; ++step) course.tokens[step] = token_of(step);
-    clear(exchange.values(0), exchange.bytes());
-    if (Clusters) clear(exchange.values(1), exchange.bytes());
+    clear(exchange.values(0), spread.bytes);
+    if (Clusters) clear(exchange.values(1), spread.bytes);
     const StageWeights& weights = call.stages[direction];
     float4* const biases = reinterpret_cast<float4*>(memory + spread.bias_at);
     for (int at = thread; at < spread.pieces * 8; at += threads) {
@@ -408,7 +329,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
 
     for (int step = 0; step < course.steps; ++step) {
         exchange.meet(step);
-        if (step == 0 && exchange.idle(exists(Work(spread, this_thread())))) break;
+        if (step == 0 && is_idle<Clusters>(spread, exchange.part(), exists(Work(spread, this_thread())))) break;
         if (this_thread() == 0) course.tokens[(step + 3) & 7] = token_of(step + 3);
         for (int pass = 0; pass < spread.passes; ++pass) {
             float all[2][4];
@@ -471,11 +392,10 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     auto& arrays = *reinterpret_cast<BackwardArrays<T>*>(memory + arrays_at);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
     const int H = call.hidden_size, batch = call.steps.batch;
-    const int direction = (spread.first + exchange.slot()) / spread.tiles;
+    const int direction = exchange.group() / spread.tiles;
     const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
     const int rows = spread.passes * 8;
-    const Tile tile = {call.steps, (spread.first + exchange.slot()) % spread.tiles * rows, rows,
-                       reinterpret_cast<int*>(memory)};
+    const Tile tile = {call.steps, exchange.group() % spread.tiles * rows, rows, reinterpret_cast<int*>(memory)};
     auto& course = *reinterpret_cast<Course*>(memory + course_at);
     if (thread == 0) {
         course.direction = direction;
@@ -697,7 +617,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     // Step 0 reads no values: the first meeting is that all parts have begun.
     for (int step = 0; step <= course.steps; ++step) {
         exchange.meet(step);
-        if (step == 0 && exchange.idle(exists(Work(spread, this_thread())))) break;
+        if (step == 0 && is_idle<Clusters>(spread, exchange.part(), exists(Work(spread, this_thread())))) break;
         if (this_thread() == 0) course.tokens[(step + 3) & 7] = token_of(step + 3);
         const auto finish_and_load = [&](const float (&dh_of)[4], int pass) {
             finish(dh_of, step, pass);
@@ -791,6 +711,8 @@ bool lay(const Sizes& sizes, std::size_t limit, Spread* spread) {
     if (spread->pieces > most_warps) return false;
     spread->busy = up(sizes.pieces, spread->pieces);
     spread->sent = sizes.pieces * spread->passes * sizes.stage;
+    spread->bytes = spread->passes * 8 * sizes.stride;
+    spread->arrivals_at = arrivals_begin;
     spread->slices = 1;
     spread->slice_bits = 0;
     while (2 * spread->slices * spread->pieces <= most_warps && spread->slices < sizes.blocks) {
@@ -806,7 +728,7 @@ bool lay(const Sizes& sizes, std::size_t limit, Spread* spread) {
     spread->stage_at = spread->state_at + each_pass * sizes.state;
     spread->partial_at = spread->stage_at + each_pass * sizes.stage;
     spread->values_at = spread->partial_at + (spread->slices > 1 ? each_pass * spread->slices * sizes.partial : 0);
-    spread->fragments_at = spread->values_at + (spread->grid ? 1 : 2) * spread->passes * 8 * spread->stride;
+    spread->fragments_at = spread->values_at + (spread->grid ? 1 : 2) * spread->bytes;
     const int apart = spread->share > sizes.kept ? spread->share - sizes.kept : 0;
     const std::int64_t shared = spread->fragments_at + static_cast<std::int64_t>(warps) * apart * slot_bytes;
     spread->shared = static_cast<int>(shared);
@@ -866,36 +788,10 @@ bool make_plan(const Call& call, const ClusterForm& form, Plan* plan) {
     return least >= 0;
 }
 
-std::size_t space_bytes(const Spread& spread) {
-    return static_cast<std::size_t>(spread.slots) * 2 * static_cast<std::size_t>(spread.passes * 8 * spread.stride);
-}
-
-/// Behind the space, whose chunks of 16 bytes may have to be aligned, the flags.
-std::size_t words_of(const Spread& spread, int directions) {
-    if (!spread.grid) return 0;
-    return 3 + space_bytes(spread) / 4 +
-           static_cast<std::size_t>(directions * spread.tiles) * static_cast<std::size_t>(spread.parts);
-}
-
 template <class T, class Plan>
 const char* start(Plan& plan) {
-    Spread& spread = plan.spread;
-    const int all = plan.call.directions * spread.tiles;
-    const dim3 block(static_cast<unsigned>(32 * spread.pieces * spread.slices));
-    const auto shared = static_cast<std::size_t>(spread.shared);
-    if (!spread.grid)
-        return launch_clusters(kernel<Plan, T, true>, static_cast<unsigned>(spread.parts),
-                               dim3(static_cast<unsigned>(all * spread.parts)), block, shared, plan.call.stream, plan);
-    const auto begin = reinterpret_cast<std::uintptr_t>(plan.call.progress);
-    spread.space = reinterpret_cast<unsigned char*>((begin + 15) / 16 * 16);
-    spread.flags = reinterpret_cast<int*>(spread.space + space_bytes(spread));
-    for (; spread.first < all; spread.first += spread.slots) {
-        const int slots = all - spread.first < spread.slots ? all - spread.first : spread.slots;
-        const char* const error = launch(kernel<Plan, T, false>, dim3(static_cast<unsigned>(slots * spread.parts)),
-                                         block, shared, plan.call.stream, plan, true);
-        if (error) return error;
-    }
-    return nullptr;
+    return start_groups(kernel<Plan, T, true>, kernel<Plan, T, false>, plan, plan.call.directions * plan.spread.tiles,
+                        32 * plan.spread.pieces * plan.spread.slices, plan.spread.shared);
 }
 
 template <class Plan, class Call>
@@ -915,7 +811,7 @@ const char* plan_and_start(const Call& call, const ClusterForm& form) {
 template <class Plan, class Call>
 std::size_t words(const Call& call, const ClusterForm& form) {
     Plan plan;
-    return plan_of(call, form, &plan) ? words_of(plan.spread, call.directions) : 0;
+    return plan_of(call, form, &plan) ? words_of(plan.spread, call.directions * plan.spread.tiles) : 0;
 }
 
 }  // namespace

@@ -1,0 +1,136 @@
+/// How blocks that share the weights of a recurrence ("parts") give one another the values of each step. Parts are the
+/// blocks of a cluster, which write to one another's shared memory and count the bytes that they are sent, or any
+/// blocks of a grid that runs at once: they send through the cache that all share, and wait for one flag a part. Groups
+/// of parts ("slots") know nothing of one another.
+#pragma once
+
+#include "device.h"
+
+namespace cellstep {
+namespace cuda {
+
+constexpr int most_cluster = 16;
+
+/// Who shares, and where the values of a step lie.
+struct Sharing {
+    bool grid;  ///< parts need not be a cluster
+    int parts;
+    int busy;              ///< of them, the first ones, those that read values
+    int sent;              ///< bytes that each of those is sent in a step
+    int bytes;             ///< of the values of a step, a multiple of 16
+    int slots;             ///< groups of parts at once
+    int first;             ///< number of the group in slot 0
+    int arrivals_at;       ///< places in shared memory: 16 bytes, of clusters
+    int values_at;         ///< the values: of a cluster those of two steps
+    unsigned char* space;  ///< of a grid: (slots, 2, bytes)
+    int* flags;            ///< of a grid: (groups, parts): steps that a part has sent
+};
+
+/// The compiler takes it for a new value each time, so that what is found from it is found again where it is needed,
+/// and does not stay in registers, which are for weights.
+__device__ inline int this_thread() { return found_anew(static_cast<int>(threadIdx.x)); }
+
+/// The values of a step, found by all parts together.
+template <bool Clusters>
+struct Exchange {
+    const Sharing& sharing;
+    unsigned char* memory;
+
+    __device__ int part() const { return static_cast<int>(blockIdx.x) % sharing.parts; }
+    __device__ int slot() const { return static_cast<int>(blockIdx.x) / sharing.parts; }
+    __device__ int group() const { return sharing.first + slot(); }
+    /// What `meet` of that step gave.
+    __device__ unsigned char* values(int step) const {
+        return memory + sharing.values_at + (Clusters ? (step & 1) * sharing.bytes : 0);
+    }
+    /// Of a cluster: of the values of step 1 and of every second one behind it, of step 2 and of every second one.
+    __device__ Arrivals* arrivals(int step) const {
+        return reinterpret_cast<Arrivals*>(memory + sharing.arrivals_at) + (step & 1);
+    }
+    __device__ unsigned char* space(int step) const {
+        return sharing.space +
+               static_cast<std::size_t>(slot() * 2 + (step & 1)) * static_cast<std::size_t>(sharing.bytes);
+    }
+    /// Puts 16 bytes at `place` of the values of step `step`, which comes next. Lanes share the parts: this one has
+    /// those from `first` on that are `apart` apart.
+    __device__ void send(int step, int place, const uint4& value, int first, int apart) const {
+        if constexpr (Clusters) {
+            for (int rank = first; rank < sharing.busy; rank += apart)
+                send_16(values(step) + place, value, arrivals(step), rank);
+        } else if (first == 0) {
+            memcpy(__builtin_assume_aligned(space(step) + place, 16), &value, 16);
+        }
+    }
+    /// All parts' values of step `step` are here; those of step 0 each part has put there itself. In a cluster nothing
+    /// else is waited for: whoever has them all knows that all warps of all parts have read those of the step before,
+    /// as each sends what it found behind its last read, so that its buffer is free; and a warp that sends nothing
+    /// meets the others of its block on the way.
+    __device__ void meet(int step) const {
+        if constexpr (Clusters) {
+            const bool tells = this_thread() == 0;
+            if (step == 0) {
+                for (int next = 0; tells && next < 2; ++next) {
+                    begin_arrivals(arrivals(next));
+                    expect_arrivals(arrivals(next), sharing.sent);
+                }
+                cluster_sync();
+                return;
+            }
+            wait_for_arrivals(arrivals(step), (step - 1) / 2, sharing.sent);
+            warp_sync();
+            if (tells) expect_arrivals(arrivals(step), sharing.sent);
+        } else {
+            block_sync();
+            if (step == 0) return;
+            const int thread = this_thread(), threads = static_cast<int>(blockDim.x);
+            if (thread < 32) {
+                int* const flags = sharing.flags + static_cast<std::size_t>(group()) * sharing.parts;
+                if (thread == 0) store_release(flags + part(), step);
+                for (int at = thread; at < sharing.parts; at += 32)
+                    while (load_acquire(flags + at) < step) pause();
+            }
+            block_sync();
+            const unsigned char* const from = space(step);
+            unsigned char* const to = values(step);
+            for (int at = thread * 16; at < sharing.bytes; at += threads * 16) copy_16(to + at, from + at);
+            wait_for_copies();
+            block_sync();
+        }
+    }
+};
+
+inline std::size_t space_bytes(const Sharing& sharing) {
+    return static_cast<std::size_t>(sharing.slots) * 2 * static_cast<std::size_t>(sharing.bytes);
+}
+
+/// Of progress: the space, whose chunks of 16 bytes may have to be aligned, and behind it the flags.
+inline std::size_t words_of(const Sharing& sharing, int groups) {
+    if (!sharing.grid) return 0;
+    return 3 + space_bytes(sharing) / 4 + static_cast<std::size_t>(groups) * static_cast<std::size_t>(sharing.parts);
+}
+
+/// Starts a plan, which has a `call` and a `spread` that is a Sharing, for all groups: `clusters` or `grid`, the
+/// kernel's two forms. Launches of a grid follow one another where not all groups find room at once.
+template <class Plan>
+const char* start_groups(void (*clusters)(Plan), void (*grid)(Plan), Plan& plan, int groups, int threads, int shared) {
+    Sharing& sharing = plan.spread;
+    const dim3 block(static_cast<unsigned>(threads));
+    const auto bytes = static_cast<std::size_t>(shared);
+    if (!sharing.grid)
+        return launch_clusters(clusters, static_cast<unsigned>(sharing.parts),
+                               dim3(static_cast<unsigned>(groups * sharing.parts)), block, bytes, plan.call.stream,
+                               plan);
+    const auto begin = reinterpret_cast<std::uintptr_t>(plan.call.progress);
+    sharing.space = reinterpret_cast<unsigned char*>((begin + 15) / 16 * 16);
+    sharing.flags = reinterpret_cast<int*>(sharing.space + space_bytes(sharing));
+    for (; sharing.first < groups; sharing.first += sharing.slots) {
+        const int slots = groups - sharing.first < sharing.slots ? groups - sharing.first : sharing.slots;
+        const char* const error = launch(grid, dim3(static_cast<unsigned>(slots * sharing.parts)), block, bytes,
+                                         plan.call.stream, plan, true);
+        if (error) return error;
+    }
+    return nullptr;
+}
+
+}  // namespace cuda
+}  // namespace cellstep
