@@ -16,15 +16,16 @@ namespace cellstep {
 namespace cuda {
 namespace {
 
-constexpr int lanes = 32;  // of a group
-constexpr int arrivals_bytes = 16;
+constexpr int lanes = 32;      // of a group
+constexpr int tokens_at = 16;  // in shared memory, behind the arrivals: of 8 steps the token of row 0 of the batch
+constexpr int header_bytes = 48;
 
 /// Columns of a lane in registers, and the most warps of a block that leave as many registers.
 struct Choice {
     int held;
     int warps;
 };
-constexpr Choice choices[] = {{16, 12}, {24, 12}, {36, 10}, {48, 8}};
+constexpr Choice choices[] = {{16, 12}, {28, 12}, {48, 8}};
 constexpr int most_warps = 12;
 constexpr int most_panels = 8;
 
@@ -44,7 +45,8 @@ struct Spread : Sharing {
     int panels;
     int tiles;  // of rows; group: direction * tiles + tile
     int threads;
-    int partial_at;  // places in shared memory, in bytes
+    int items_at;  // places in shared memory, in bytes
+    int partial_at;
     int weights_at;
     int shared;
 };
@@ -54,18 +56,29 @@ struct BackwardPlan {
     Spread spread;
 };
 
-/// Column k of the transposed weight_hh, that of unit k / 4 and gate k % 4: its weights for four units.
-template <class T>
+/// What a thread does of a step behind the product: one unit of one row.
+struct alignas(16) Item {
+    int unit;
+    int n;       // row of the batch
+    int length;  // of the row
+    int place;   // of the 16 bytes that it sends; below 0: none
+};
+
+/// Column k of the transposed weight_hh, that of unit k / 4 and gate k % 4, for four units; of any type, as a kernel
+/// that has many forms is less code so.
 struct SentColumns {
     const WeightView& view;
+    DataType type;
     int first_unit, hidden_size, first_column;
 
     __device__ float4 operator()(int slot_column) const {
         const int k = first_column + slot_column, unit = k / 4;
-        const T* const from = static_cast<const T*>(view.data) + k % 4 * view.gate + unit / 16 * view.panel +
-                              unit % 16 * view.unit + first_unit * view.column;
+        const std::int64_t from =
+            k % 4 * view.gate + unit / 16 * view.panel + unit % 16 * view.unit + first_unit * view.column;
         const auto weight = [&](int at) {
-            return unit < hidden_size && first_unit + at < hidden_size ? to_float(from[at * view.column]) : 0.0f;
+            return unit < hidden_size && first_unit + at < hidden_size
+                       ? decode(load(view.data, type, from + at * view.column), type)
+                       : 0.0f;
         };
         return make_float4(weight(0), weight(1), weight(2), weight(3));
     }
@@ -114,30 +127,28 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
     const int slice_columns = spread.columns * lanes, panel_size = spread.slices * slice_columns * Rows;
     float* const partial = reinterpret_cast<float*>(memory + spread.partial_at);
     HeldWeights<lanes, Held, Rows> weights;
-    const auto fill = [&](auto zero) {
-        const SentColumns<decltype(zero)> columns{call.weight_hh[direction], first_unit + group * 4, hidden,
-                                                  slice * slice_columns};
-        weights.fill(reinterpret_cast<float4*>(memory + spread.weights_at), spread.columns, lane, columns,
-                     [](int) { return 0.0f; });
-    };
-    if (type == DataType::float32)
-        fill(float());
-    else if (type == DataType::float16)
-        fill(__half());
-    else
-        fill(__nv_bfloat16());
+    weights.fill(reinterpret_cast<float4*>(memory + spread.weights_at), spread.columns, lane,
+                 SentColumns{call.weight_hh[direction], type, first_unit + group * 4, hidden, slice * slice_columns},
+                 [](int) { return 0.0f; });
 
-    // The unit and row whose steps this thread goes.
-    const int row = thread % Rows, of_part = thread / Rows % spread.units, panel = thread / Rows / spread.units;
-    const int unit = first_unit + of_part, n = sweep.first_row + panel * Rows + row;
-    const bool in_warp = thread / 32 * 32 < spread.units * tile_rows;
-    const bool sends = panel < spread.panels && unit < hidden, exists = sends && n < call.steps.batch;
-    const int length = exists ? sweep.length(panel * Rows + row) : 0;
-    // Tokens of the other direction, in arrays that have both apart.
-    const int stage_tokens = direction * static_cast<int>(call.steps.tokens);
-    const auto state = [&] { return (static_cast<std::int64_t>(direction) * call.steps.batch + n) * hidden + unit; };
-    float grad_h = exists && call.grad_h_n ? decode(load(call.grad_h_n, type, state()), type) : 0.0f;
-    float grad_c = exists && call.grad_c_n ? decode(load(call.grad_c_n, type, state()), type) : 0.0f;
+    // A thread goes the steps of one unit and row. What it knows of them is read where it is needed: registers are for
+    // weights.
+    Item* const items = reinterpret_cast<Item*>(memory + spread.items_at);
+    int* const tokens = reinterpret_cast<int*>(memory + tokens_at);
+    {
+        const int row = thread % Rows, panel = thread / Rows / spread.units;
+        const int unit = first_unit + thread / Rows % spread.units, n = sweep.first_row + panel * Rows + row;
+        const bool sends = panel < spread.panels && unit < hidden;
+        items[thread] = {unit, n, sends ? sweep.length(panel * Rows + row) : 0,
+                         sends ? (panel * panel_size + (unit * Rows + row) * 4) * 4 : -1};
+    }
+    const auto item = [&]() -> const Item& { return items[this_thread()]; };
+    const auto exists = [&] { return item().place >= 0 && item().n < call.steps.batch; };
+    const auto state = [&] {
+        return (static_cast<std::int64_t>(direction) * call.steps.batch + item().n) * hidden + item().unit;
+    };
+    float grad_h = exists() && call.grad_h_n ? decode(load(call.grad_h_n, type, state()), type) : 0.0f;
+    float grad_c = exists() && call.grad_c_n ? decode(load(call.grad_c_n, type, state()), type) : 0.0f;
 
     // Of the step to come; `before` is the cell the step began with, unless it was reset.
     struct Saved {
@@ -145,63 +156,67 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
         bool reset = false;
     };
     Saved saved;
-    const auto fetch = [&](int step, int base, int base_before) {
+    // Tokens of the other direction, in arrays that have both apart.
+    const std::int64_t stage_tokens = direction * call.steps.tokens;
+    const auto fetch = [&](int step) {
+        const Item mine = item();
         const int t = step < bound ? sweep.time(step) : call.steps.steps;
-        if (t >= length) return;
-        const int token = base + n, of_stage = stage_tokens + token;
+        if (t >= mine.length) return;
+        const std::int64_t token = tokens[step & 7] + mine.n, of_stage = stage_tokens + token;
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate)
-            saved.gate[gate] = load(call.gates, type, std::int64_t(of_stage) * (4 * hidden) + (gate * hidden + unit));
-        saved.cell = load(call.cells, type, std::int64_t(of_stage) * hidden + unit);
+            saved.gate[gate] = load(call.gates, type, (of_stage * 4 + gate) * hidden + mine.unit);
+        saved.cell = load(call.cells, type, of_stage * hidden + mine.unit);
         if (call.grad_outputs)
-            saved.to_output =
-                load(call.grad_outputs, type, std::int64_t(token) * features + (direction * hidden + unit));
-        if (call.grad_cells) saved.to_cell = load(call.grad_cells, type, std::int64_t(of_stage) * hidden + unit);
-        const bool first = sweep.falling ? t == 0 : t + 1 == length;
-        saved.before = first ? load(call.c, type, state())
-                             : load(call.cells, type, std::int64_t(stage_tokens + base_before + n) * hidden + unit);
+            saved.to_output = load(call.grad_outputs, type, token * features + direction * hidden + mine.unit);
+        if (call.grad_cells) saved.to_cell = load(call.grad_cells, type, of_stage * hidden + mine.unit);
+        const bool first = sweep.falling ? t == 0 : t + 1 == mine.length;
+        saved.before =
+            first ? load(call.c, type, state())
+                  : load(call.cells, type, (stage_tokens + tokens[(step + 1) & 7] + mine.n) * hidden + mine.unit);
         // A stage that goes backwards comes to step t from t + 1, and the flag of that one parts them.
         const int flag = sweep.falling ? t : t + 1;
-        saved.reset = call.steps.reset && flag < length &&
-                      call.steps.reset[static_cast<std::int64_t>(flag) * call.steps.batch + n] != 0;
+        saved.reset = call.steps.reset && flag < mine.length &&
+                      call.steps.reset[static_cast<std::int64_t>(flag) * call.steps.batch + mine.n] != 0;
     };
 
-    float* const values = reinterpret_cast<float*>(memory + spread.values_at);
     for (int at = thread; at < spread.bytes / 4 * (Clusters ? 2 : 1); at += static_cast<int>(blockDim.x))
-        values[at] = 0.0f;
-    int base = sweep.base(0), next_base = sweep.base(1), third_base = sweep.base(2);
-    fetch(0, base, next_base);
-    bool was_active = false, was_reset = false;
+        reinterpret_cast<float*>(memory + spread.values_at)[at] = 0.0f;
+    if (thread == 0)
+        for (int step = 0; step < 3; ++step) tokens[step] = sweep.base(step);
+    block_sync();
+    fetch(0);
+    bool takes_product = false;  // its gradient of h comes from the step before
     // Step 0 reads no values: the first meeting is that all parts have begun.
     for (int step = 0;; ++step) {
         exchange.meet(step);
         if (Clusters && first_unit >= hidden) return;
-        const int fourth_base = sweep.base(step + 3);
         if (step > 0) {
+            if (this_thread() == 0) tokens[(step + 2) & 7] = sweep.base(step + 2);
 #pragma unroll 1
-            for (int at = 0; at < spread.panels; ++at) {
+            for (int panel = 0; panel < spread.panels; ++panel) {
                 float sums[sums_of_group];
                 weights.multiply(sums,
-                                 reinterpret_cast<const float*>(exchange.values(step)) + at * panel_size +
+                                 reinterpret_cast<const float*>(exchange.values(step)) + panel * panel_size +
                                      slice * slice_columns * Rows,
-                                 lane);
-                deal<lanes, sums_of_group>(sums, lane);
+                                 this_thread() % 32);
+                deal<lanes, sums_of_group>(sums, this_thread() % 32);
                 constexpr int twins = lanes / sums_of_group;  // lanes with the same sum
-                if (lane % twins == 0)
-                    partial[((at * spread.slices + slice) * groups + group) * sums_of_group + lane / twins] = sums[0];
+                const int sum = this_thread() % 32 / twins;
+                const int to = (panel * spread.units + group * 4 + sum % 4) * Rows + sum / 4;
+                if (this_thread() % twins == 0) partial[slice * spread.units * tile_rows + to] = sums[0];
             }
             block_sync();
-            if (was_active) {
-                const float* const from =
-                    partial + (panel * spread.slices * groups + of_part / 4) * sums_of_group + row * 4 + of_part % 4;
+            if (takes_product) {
                 grad_h = 0.0f;
-                for (int at = 0; at < spread.slices && !was_reset; ++at) grad_h += from[at * groups * sums_of_group];
+                for (int of_slice = 0; of_slice < spread.slices; ++of_slice)
+                    grad_h += partial[of_slice * spread.units * tile_rows + this_thread()];
             }
         }
         if (step == bound) break;
-        if (!in_warp) continue;
+        if (this_thread() / 32 * 32 >= spread.units * tile_rows) continue;
 
-        const bool active = sweep.time(step) < length;
+        const bool active = sweep.time(step) < item().length;
         float to_sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (active) {
             const float i = decode(saved.gate[0], type), f = decode(saved.gate[1], type),
@@ -209,9 +224,7 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
             float c_before = decode(saved.before, type);
             if (saved.reset)
                 c_before =
-                    call.initial_c
-                        ? decode(load(call.initial_c, type, static_cast<std::int64_t>(direction) * hidden + unit), type)
-                        : 0.0f;
+                    call.initial_c ? decode(load(call.initial_c, type, direction * hidden + item().unit), type) : 0.0f;
             const float squashed = tanh_of(decode(saved.cell, type));
             const float to_h = grad_h + decode(saved.to_output, type);
             grad_c += to_h * o * (1.0f - squashed * squashed) + decode(saved.to_cell, type);
@@ -220,34 +233,29 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
             to_sums[2] = grad_c * i * (1.0f - g * g);
             to_sums[3] = to_h * squashed * o * (1.0f - o);
             grad_c = saved.reset ? 0.0f : grad_c * f;
+            grad_h = 0.0f;
         }
-        const float4 chunk = chunk_of<Rows>(to_sums, row);
-        if (sends) {
+        takes_product = active && !saved.reset;
+        const float4 chunk = chunk_of<Rows>(to_sums, this_thread() % Rows);
+        if (const int place = item().place; place >= 0) {
             uint4 bits;
             std::memcpy(&bits, &chunk, sizeof(bits));
-            exchange.send(step + 1, (panel * panel_size + (unit * Rows + row) * 4) * 4, bits, 0, 1);
+            exchange.send(step + 1, place, bits, 0, 1);
         }
         if (active) {
+            const std::int64_t to = (stage_tokens + tokens[step & 7] + item().n) * 4 * hidden + item().unit;
 #pragma unroll
-            for (int gate = 0; gate < 4; ++gate)
-                store(call.grad_sums, type,
-                      std::int64_t(stage_tokens + base + n) * (4 * hidden) + (gate * hidden + unit), to_sums[gate]);
+            for (int gate = 0; gate < 4; ++gate) store(call.grad_sums, type, to + gate * hidden, to_sums[gate]);
         }
-        was_active = active;
-        was_reset = saved.reset;
-        fetch(step + 1, next_base, third_base);
-        base = next_base;
-        next_base = third_base;
-        third_base = fourth_base;
+        fetch(step + 1);
     }
-    if (exists) {
+    if (exists()) {
         store(call.grad_h, type, state(), grad_h);
         store(call.grad_c, type, state(), grad_c);
     }
     for (int gate = 0; gate < 4 && first_unit < hidden; ++gate)
-        clear_past_lengths(
-            behind(call.grad_sums, type, std::int64_t(stage_tokens) * (4 * hidden) + (gate * hidden + first_unit)),
-            type, sweep, tile_rows, 4 * hidden, min(spread.units, hidden - first_unit));
+        clear_past_lengths(behind(call.grad_sums, type, (stage_tokens * 4 + gate) * hidden + first_unit), type, sweep,
+                           tile_rows, 4 * hidden, min(spread.units, hidden - first_unit));
 }
 
 template <int Held, int Rows, bool Clusters>
@@ -285,7 +293,8 @@ bool lay(int hidden, std::size_t limit, Spread* spread) {
     spread->sent = hidden * rows * 16;
     spread->arrivals_at = 0;
     const std::int64_t bytes = std::int64_t(rows) * spread->slices * spread->columns * lanes * 4;
-    spread->partial_at = arrivals_bytes;
+    spread->items_at = header_bytes;
+    spread->partial_at = spread->items_at + spread->threads * static_cast<int>(sizeof(Item));
     const std::int64_t values_at = spread->partial_at + rows * spread->slices * spread->units * 4;
     const std::int64_t weights_at = values_at + (spread->grid ? 1 : 2) * bytes;
     const std::int64_t shared = weights_at + std::int64_t(spread->columns - spread->held) * spread->threads * 16;
