@@ -139,6 +139,48 @@ __device__ inline void find_sums(const HeldWeights<0, Held, Rows>& weights, cons
     }
 }
 
+/// An item of a product with one unit a quad: those of a warp lie as its sums do.
+template <int Rows>
+struct UnitItem {
+    bool exists;
+    int quad;   ///< of all
+    int row;    ///< of the tile
+    int value;  ///< which of the values of a step it has
+
+    __device__ UnitItem(const FloatSpread& spread, int part, int item, int thread) {
+        constexpr int row_bits = Rows / 2;
+        const int bits = 5 - spread.lane_bits, panel = item >> (bits + row_bits);
+        const int inside = item & ((Rows << bits) - 1);  // of the warp's values in the panel
+        const int first = part * spread.quads + (thread / 32 << bits);
+        exists = item < spread.items;
+        quad = first + (inside >> row_bits);
+        row = panel * Rows + inside % Rows;
+        value = panel * spread.panel_values + first * Rows + inside;
+    }
+};
+
+/// Sends the value that each item of a warp, one a lane, has found for step `step`; all lanes take part. `quads`: of
+/// the product.
+template <int Rows, bool Clusters>
+__device__ inline void send_values(const Exchange<Clusters>& exchange, const FloatSpread& spread, int step, int quads,
+                                   float value) {
+    const int thread = this_thread(), lane = thread % 32, bits = spread.piece_bits;
+    const int first = (lane & ((1 << bits) - 1)) * spread.piece;  // item of this lane's piece
+    std::uint32_t mine, words[4];
+    memcpy(&mine, &value, 4);
+#pragma unroll
+    for (int at = 0; at < 4; ++at) words[at] = shuffle(mine, (first + at) % 32);
+    const UnitItem<Rows> item(spread, exchange.part(), first, thread);
+    if (!item.exists || item.quad >= quads) return;
+    const int place = item.value * 4, rank = lane >> bits, apart = 32 >> bits;
+    if (spread.piece == 4)
+        exchange.send(step, place, make_uint4(words[0], words[1], words[2], words[3]), rank, apart);
+    else if (spread.piece == 2)
+        exchange.send(step, place, make_uint2(words[0], words[1]), rank, apart);
+    else
+        exchange.send(step, place, words[0], rank, apart);
+}
+
 /// Lays the product over parts: grid, parts, lane_bits, held, rows and panels are set. False if it does not fit.
 inline bool lay(const Product& product, std::size_t limit, FloatSpread* spread) {
     const auto up = [](int a, int b) { return (a + b - 1) / b; };
