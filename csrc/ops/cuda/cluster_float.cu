@@ -25,63 +25,60 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     unsigned char* const memory = shared_memory();
     const Exchange<Clusters> exchange = {spread, memory};
     const DataType type = call.type;
-    const int H = call.hidden_size, batch = call.steps.batch;
-    const int direction = exchange.group() / spread.tiles;
+    const int H = call.hidden_size, batch = call.steps.batch, rows = Rows * spread.panels;
     int* const lengths = reinterpret_cast<int*>(memory);
-    Sweep tile = {call.steps, exchange.group() % spread.tiles * Rows * spread.panels,
-                  call.directions == 2 ? direction == 1 : call.reverse, 0};
-    for (int row = 0; row < Rows * spread.panels; ++row) {
-        const int length = tile.length(row);
-        tile.bound = max(tile.bound, length);
-        if (threadIdx.x == 0) lengths[row] = length;
-    }
-
-    HeldWeights<0, Held, Rows> weights;
-    weights.lanes = 1 << spread.lane_bits;
-    const StageWeights& stage = call.stages[direction];
-    float4* const biases = reinterpret_cast<float4*>(memory + spread.own_at);
-    const Seat seat(spread, static_cast<int>(threadIdx.x));
-    const int first_unit = exchange.part() * spread.quads;
-    const auto fill = [&](auto zero) {
-        using T = decltype(zero);
-        weights.fill(reinterpret_cast<float4*>(memory + spread.rest_at), spread.share, seat.column,
-                     GateColumns<T>(stage, first_unit + seat.quad, H, 0), [](int) { return 0.0f; });
-    };
-    if (type == DataType::float32)
-        fill(float());
-    else if (type == DataType::float16)
-        fill(__half());
-    else
-        fill(__nv_bfloat16());
-    if (seat.column == 0) {
-        float bias[4] = {};
-        for (int sum = 0; sum < 4 && first_unit + seat.quad < H; ++sum)
-            for (const WeightView* view : {&stage.bias_ih, &stage.bias_hh})
-                bias[sum] += bias_of(*view, type, gate_of(sum), first_unit + seat.quad);
-        biases[seat.quad] = make_float4(bias[0], bias[1], bias[2], bias[3]);
+    auto& course = *reinterpret_cast<FloatCourse*>(memory + float_course_at);
+    {
+        const int direction = exchange.group() / spread.tiles;
+        Sweep found = {call.steps, exchange.group() % spread.tiles * rows,
+                       call.directions == 2 ? direction == 1 : call.reverse, 0};
+        for (int row = 0; row < rows && threadIdx.x == 0; ++row) {
+            lengths[row] = found.length(row);
+            found.bound = max(found.bound, lengths[row]);
+        }
+        if (threadIdx.x == 0)
+            course = {found.bound, found.first_row, found.falling, direction, exchange.part() * spread.quads};
     }
     for (int step = 0; step < (Clusters ? 2 : 1); ++step)
         for (int at = static_cast<int>(threadIdx.x); at < spread.bytes / 4; at += static_cast<int>(blockDim.x))
             reinterpret_cast<float*>(exchange.values(step))[at] = 0.0f;
-    block_sync();  // the values are clear, and the lengths there
+    block_sync();
+    const auto tile = [&] { return Sweep{call.steps, course.first_row, course.falling, course.bound}; };
 
-    const std::int64_t state = std::int64_t(direction) * batch * H;
+    const StageWeights& stage = call.stages[course.direction];
+    float4* const biases = reinterpret_cast<float4*>(memory + spread.own_at);
+    HeldWeights<0, Held, Rows> weights;
+    weights.lanes = 1 << spread.lane_bits;
+    {
+        const Seat seat(spread, static_cast<int>(threadIdx.x));
+        const int unit = course.first_quad + seat.quad;
+        weights.fill(reinterpret_cast<float4*>(memory + spread.rest_at), spread.share, seat.column,
+                     AnyGateColumns{stage.weight_hh, type, unit, H}, [](int) { return 0.0f; });
+        float bias[4] = {};
+        for (int sum = 0; sum < 4 && unit < H && seat.column == 0; ++sum)
+            for (const WeightView* view : {&stage.bias_ih, &stage.bias_hh})
+                bias[sum] += bias_of(*view, type, gate_of(sum), unit);
+        if (seat.column == 0) biases[seat.quad] = make_float4(bias[0], bias[1], bias[2], bias[3]);
+    }
+
+    const auto state_place = [&](int row, int unit) {
+        return (std::int64_t(course.direction) * batch + course.first_row + row) * H + unit;
+    };
     const auto initial = [&](const void* data, int unit) {
-        return data ? decode(load(data, type, std::int64_t(direction) * H + unit), type) : 0.0f;
+        return data ? decode(load(data, type, std::int64_t(course.direction) * H + unit), type) : 0.0f;
     };
     const auto flag = [&](int t, int row) {
-        return call.steps.reset[std::int64_t(t) * batch + tile.first_row + row] != 0;
+        return call.steps.reset[std::int64_t(t) * batch + course.first_row + row] != 0;
     };
     const auto starts_reset = [&](int row) {
-        return call.steps.reset && !tile.falling && lengths[row] > 0 && flag(0, row);
+        return call.steps.reset && !course.falling && lengths[row] > 0 && flag(0, row);
     };
-    for (int row = 0; row < Rows * spread.panels && tile.first_row + row < batch; ++row) {
+    for (int row = 0; row < rows && course.first_row + row < batch; ++row) {
         const bool reset = starts_reset(row);
         float* const to = reinterpret_cast<float*>(exchange.values(0)) + row / Rows * spread.panel_values + row % Rows;
         for (int unit = static_cast<int>(threadIdx.x); unit < H; unit += static_cast<int>(blockDim.x))
             to[unit * Rows] =
-                reset ? initial(call.initial_h, unit)
-                      : decode(load(call.h, type, state + std::int64_t(tile.first_row + row) * H + unit), type);
+                reset ? initial(call.initial_h, unit) : decode(load(call.h, type, state_place(row, unit)), type);
     }
 
     // Found again where it is needed: registers are for weights.
@@ -89,12 +86,12 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         const int thread = this_thread();
         return UnitItem<Rows>(spread, exchange.part(), thread % 32, thread);
     };
-    const auto is_real = [&](const UnitItem<Rows>& item) {
-        return item.exists && item.quad < H && tile.first_row + item.row < batch;
+    const auto length_of = [&](const UnitItem<Rows>& item) {
+        return item.exists && item.quad < H ? lengths[item.row] : 0;
     };
     float c = 0.0f;
-    if (const auto item = my_item(); is_real(item)) {
-        const std::int64_t place = state + std::int64_t(tile.first_row + item.row) * H + item.quad;
+    if (const auto item = my_item(); item.exists && item.quad < H && course.first_row + item.row < batch) {
+        const std::int64_t place = state_place(item.row, item.quad);
         c = decode(load(call.c, type, place), type);
         if (lengths[item.row] == 0) {
             store(call.h_n, type, place, decode(load(call.h, type, place), type));
@@ -104,47 +101,48 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         }
     }
 
-    const std::int64_t past = std::int64_t(direction) * call.steps.tokens;  // tokens of the other direction
+    /// Of a direction's arrays that have both apart.
+    const auto stage_token = [&](int base, int row) {
+        return std::int64_t(course.direction) * call.steps.tokens + base + course.first_row + row;
+    };
     Coming coming;
     const auto fetch = [&](int step, int base) {
         const auto item = my_item();
-        const int t = step < tile.bound ? tile.time(step) : call.steps.steps;
-        const int length = is_real(item) ? lengths[item.row] : 0;
-        const std::int64_t from = (past + base + tile.first_row + item.row) * 4 * H + item.quad;
+        const int t = step < course.bound ? tile().time(step) : call.steps.steps, length = length_of(item);
+        const std::int64_t from = stage_token(base, item.row) * 4 * H + item.quad;
 #pragma unroll
         for (int sum = 0; sum < 4; ++sum)
             coming.sums[sum] = t < length ? load(call.sums, type, from + gate_of(sum) * H) : 0u;
         // A stage that goes backwards comes from step t to t - 1, and the flag of t parts them.
-        const int flagged = tile.falling ? t : t + 1;
+        const int flagged = course.falling ? t : t + 1;
         coming.reset = call.steps.reset && flagged > 0 && flagged < length && flag(flagged, item.row);
     };
 
-    int base = tile.base(0), next_base = tile.base(1);
+    int base = tile().base(0), next_base = tile().base(1);
     fetch(0, base);
-    for (int step = 0; step < tile.bound; ++step) {
+    for (int step = 0; step < course.bound; ++step) {
         exchange.meet(step);
         // Who meets nobody later and sends nothing may leave.
-        if (Clusters && step == 0 && first_unit + (this_thread() / 32 << (5 - spread.lane_bits)) >= H) break;
-        const int third_base = tile.base(step + 2);
+        if (Clusters && step == 0 && course.first_quad + (this_thread() / 32 << (5 - spread.lane_bits)) >= H) break;
+        const int third_base = tile().base(step + 2);
         find_sums(weights, spread, exchange.values(step), memory);
         warp_sync();
 
         const auto item = my_item();
-        const int t = tile.time(step), lane = this_thread() % 32;
-        const int length = is_real(item) ? lengths[item.row] : 0;
+        const int t = tile().time(step), length = length_of(item);
         const bool active = t < length;
         float gates[4] = {}, h = 0.0f, c_behind = c, h_next = 0.0f;
         if (item.exists) {
-            const float4 sum = reinterpret_cast<const float4*>(sums_of(spread, memory, this_thread() / 32))[lane];
-            const float4 bias = biases[item.quad - first_unit];
+            const int thread = this_thread();
+            const float4 sum = reinterpret_cast<const float4*>(sums_of(spread, memory, thread / 32))[thread % 32];
+            const float4 bias = biases[item.quad - course.first_quad];
             gates[0] = sigmoid_of(sum.x + bias.x + decode(coming.sums[0], type));
             gates[1] = tanh_of(sum.y + bias.y + decode(coming.sums[1], type));
             gates[2] = sigmoid_of(sum.z + bias.z + decode(coming.sums[2], type));
             gates[3] = sigmoid_of(sum.w + bias.w + decode(coming.sums[3], type));
             if (active) {
                 c_behind = gates[2] * c + gates[0] * gates[1];
-                h = gates[3] * tanh_of(c_behind);
-                h_next = h;
+                h_next = h = gates[3] * tanh_of(c_behind);
             } else if (item.quad < H) {
                 h_next = reinterpret_cast<const float*>(exchange.values(step))[item.value];
             }
@@ -154,39 +152,37 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             h_next = initial(call.initial_h, item.quad);
             c = initial(call.initial_c, item.quad);
         }
-        if (step + 1 < tile.bound) send_values<Rows>(exchange, spread, step + 1, H, h_next);
+        if (step + 1 < course.bound) send_values<Rows>(exchange, spread, step + 1, H, h_next);
         fetch(step + 1, next_base);
 
         // What nobody waits for.
         if (active) {
-            const int n = tile.first_row + item.row;
-            const std::int64_t token = base + n;
-            store(call.y, type, (token * call.directions + direction) * H + item.quad, h);
+            const std::int64_t token = base + course.first_row + item.row, of_stage = stage_token(base, item.row);
+            store(call.y, type, (token * call.directions + course.direction) * H + item.quad, h);
             if (call.gates) {
 #pragma unroll
                 for (int sum = 0; sum < 4; ++sum)
-                    store(call.gates, type, ((past + token) * 4 + gate_of(sum)) * H + item.quad, gates[sum]);
+                    store(call.gates, type, (of_stage * 4 + gate_of(sum)) * H + item.quad, gates[sum]);
             }
-            if (call.cells) store(call.cells, type, (past + token) * H + item.quad, c_behind);
-            if (t == (tile.falling ? 0 : length - 1)) {
-                const std::int64_t place = state + std::int64_t(n) * H + item.quad;
-                store(call.h_n, type, place, h);
-                store(call.c_n, type, place, c_behind);
+            if (call.cells) store(call.cells, type, of_stage * H + item.quad, c_behind);
+            if (t == (course.falling ? 0 : length - 1)) {
+                store(call.h_n, type, state_place(item.row, item.quad), h);
+                store(call.c_n, type, state_place(item.row, item.quad), c_behind);
             }
         }
         base = next_base;
         next_base = third_base;
     }
 
-    const int units = min(spread.quads, H - first_unit);
+    const int units = min(spread.quads, H - course.first_quad);
     if (units <= 0) return;
     const auto clear = [&](void* data, std::int64_t first, int stride) {
-        if (data)
-            clear_past_lengths(behind(data, type, first + first_unit), type, tile, Rows * spread.panels, stride, units);
+        clear_past_lengths(behind(data, type, first + course.first_quad), type, tile(), rows, stride, units);
     };
-    clear(call.y, direction * H, call.directions * H);
-    for (int gate = 0; gate < 4; ++gate) clear(call.gates, past * 4 * H + gate * H, 4 * H);
-    clear(call.cells, past * H, H);
+    const std::int64_t past = std::int64_t(course.direction) * call.steps.tokens * H;
+    clear(call.y, course.direction * H, call.directions * H);
+    for (int gate = 0; gate < 4; ++gate) clear(call.gates, past * 4 + gate * H, 4 * H);
+    clear(call.cells, past, H);
 }
 
 template <int Held, int Rows, bool Clusters>

@@ -51,13 +51,22 @@ struct FloatSpread : Sharing {
     int shared;   ///< bytes
 };
 
-/// In shared memory come first the lengths of a tile's rows, then the arrivals.
-constexpr int float_header_bytes = most_rows * 4 + 16;
+/// What all threads of a part know, in shared memory, as registers are for weights.
+struct FloatCourse {
+    int bound;  ///< as of Sweep, like the next two
+    int first_row;
+    bool falling;
+    int direction;
+    int first_quad;  ///< of the part
+};
+
+/// In shared memory come first the lengths of a tile's rows, then the arrivals, then this.
+constexpr int float_course_at = most_rows * 4 + 16;
+constexpr int float_header_bytes = float_course_at + 32;
+static_assert(sizeof(FloatCourse) <= 32, "the header has room");
 
 /// The most threads of a block whose lanes hold so many columns: they have as many registers as that leaves.
-__host__ __device__ constexpr int threads_that_hold(int held) {
-    return held > 36 ? 256 : held > 28 ? 320 : held > 16 ? 384 : 512;
-}
+__host__ __device__ constexpr int threads_that_hold(int held) { return held > 28 ? 256 : held > 16 ? 384 : 512; }
 
 /// Calls with the numbers of a spread that a kernel must know when it is compiled, as std::integral_constant.
 template <class Function>
@@ -69,7 +78,6 @@ auto with_held_and_rows(const FloatSpread& spread, const Function& function) {
     };
     if (spread.held == 16) return with_rows(std::integral_constant<int, 16>());
     if (spread.held == 28) return with_rows(std::integral_constant<int, 28>());
-    if (spread.held == 36) return with_rows(std::integral_constant<int, 36>());
     return with_rows(std::integral_constant<int, 48>());
 }
 
@@ -270,7 +278,7 @@ bool choose_spread(const Product& product, int directions, int batch, int multip
             const int share = (product.columns + (1 << lane_bits) - 1) >> lane_bits;
             // The fewest columns in registers that are all of them, or the most that go.
             FloatSpread spread = {};
-            for (const int held : {16, 28, 36, 48})
+            for (const int held : {16, 28, 48})
                 if (threads <= threads_that_hold(held) && (spread.held == 0 || spread.held < share)) spread.held = held;
             if (spread.held == 0) continue;
             spread.grid = grid;
