@@ -390,16 +390,8 @@ const char* cluster_float_backward(const Backward& call, ClusterForm form) {
     if (!plan_of(call, form, &plan))
         return "cluster_float: expected a call that cluster_float_fits; choose another kernel";
     if (call.steps.batch == 0) return nullptr;
-    switch (plan.spread.held) {
-        case 16:
-            return start_rows<16>(plan);
-        case 24:
-            return start_rows<24>(plan);
-        case 36:
-            return start_rows<36>(plan);
-        default:
-            return start_rows<48>(plan);
-    }
+    if (plan.spread.held == 16) return start_rows<16>(plan);
+    return plan.spread.held == 28 ? start_rows<28>(plan) : start_rows<48>(plan);
 }
 
 }  // namespace cuda

@@ -135,8 +135,12 @@ bool cluster_tensor_fits(const Backward& call, ClusterForm form = {});
 std::size_t cluster_tensor_progress_words(const Backward& call, ClusterForm form = {});
 const char* cluster_tensor_backward(const Backward& call, ClusterForm form = {});
 
-/// cluster_float_backward.cu: the sweep back through one layer, as those but with sums in float: float32, float16,
-/// bfloat16.
+/// cluster_float.cu: the same with sums in float; any number of parts. float32, float16, bfloat16.
+bool cluster_float_fits(const Forward& call, ClusterForm form = {});
+std::size_t cluster_float_progress_words(const Forward& call, ClusterForm form = {});
+const char* cluster_float_forward(const Forward& call, ClusterForm form = {});
+
+/// cluster_float_backward.cu: the way back of that.
 bool cluster_float_fits(const Backward& call, ClusterForm form = {});
 std::size_t cluster_float_progress_words(const Backward& call, ClusterForm form = {});
 const char* cluster_float_backward(const Backward& call, ClusterForm form = {});
