@@ -1,4 +1,4 @@
-/// cluster_float.cu on the emulated device.
+/// cluster_float.cu and cluster_float_backward.cu on the emulated device.
 #include "tensor_cases.h"
 
 namespace {
@@ -6,14 +6,17 @@ namespace {
 struct Start {
     ClusterForm form;
 
-    const char* operator()(Forward& call) const {
+    template <class Call, class Run>
+    const char* run(Call& call, const Run& function) const {
         if (!cluster_float_fits(call, form)) return "cluster_float_fits";
         std::vector<int> progress(cluster_float_progress_words(call, form) + 1);
         call.progress = progress.data();
         const int last = progress.back() = 12345;
-        if (const char* error = cluster_float_forward(call, form)) return error;
+        if (const char* error = function(call, form)) return error;
         return progress.back() == last ? nullptr : "wrote behind progress";
     }
+    const char* operator()(Forward& call) const { return run(call, cluster_float_forward); }
+    const char* operator()(Backward& call) const { return run(call, cluster_float_backward); }
 };
 
 /// Ways to give rows and steps: 0 padded, 1 lengths, 2 packed; each with and without what else there is.
@@ -38,12 +41,16 @@ void ways(int H, int N, int T, unsigned seed, ClusterForm form, int multiprocess
     c.multiprocessors = multiprocessors;
     c.wide = true;
     const Start start{form};
+    const auto both_ways = [&](auto zero, DataType type) {
+        forward<decltype(zero)>(c, type, seed, start);
+        backward<decltype(zero)>(c, type, seed, seed % 4 == 3, start);
+    };
     if (seed % 5 == 1)
-        forward<__half>(c, DataType::float16, seed, start);
+        both_ways(__half(), DataType::float16);
     else if (seed % 5 == 3)
-        forward<__nv_bfloat16>(c, DataType::bfloat16, seed, start);
+        both_ways(__nv_bfloat16(), DataType::bfloat16);
     else
-        forward<float>(c, DataType::float32, seed, start);
+        both_ways(float(), DataType::float32);
 }
 
 Forward call_of(int H, int N, int D) {

@@ -320,7 +320,7 @@ void backward(const Case& c, DataType type, unsigned seed, bool few, const Start
     call.cells = cells.data();
     call.grad_outputs = few ? nullptr : grad_y.data();
     call.grad_cells = c.save ? grad_cells.data() : nullptr;
-    call.grad_h_n = grad_h_n.data();
+    call.grad_h_n = c.save ? grad_h_n.data() : nullptr;
     call.grad_c_n = few ? nullptr : grad_c_n.data();
     call.grad_sums = grad_sums.data();
     call.grad_h = grad_h.data();
@@ -336,7 +336,8 @@ void backward(const Case& c, DataType type, unsigned seed, bool few, const Start
             const long place = (static_cast<long>(d) * c.N + n) * H;
             const int length = batch.length[n];
             std::vector<double> dh(H), dc(H);
-            for (long u = 0; u < H; ++u) dh[u] = grad_h_n[place + u], dc[u] = few ? 0 : grad_c_n[place + u];
+            for (long u = 0; u < H; ++u)
+                dh[u] = c.save ? grad_h_n[place + u] : 0, dc[u] = few ? 0 : grad_c_n[place + u];
             for (int t = length; t < c.T && c.lengths; ++t)
                 for (long at = 0; at < 4 * H; ++at) e_sums[(d * P + batch.token(c, t, n)) * 4 * H + at] = 0;
             for (int step = 0; step < length; ++step) {
