@@ -95,16 +95,22 @@ int main(int count, char** arguments) {
     const std::string what = count > 1 ? arguments[1] : "few";
     unsigned seed = 1;
     if (what == "sizes") sizes();
-    if (what == "cluster")
-        for (const int H : {8, 100, 250, 256, 300, 512})
+    if (what == "cluster") {
+        // Every number of parts and, of the last pass, of rows.
+        for (int parts = 2; parts <= 16; ++parts)
+            ways(8 + parts * 5, 1 + parts * 5 % 18, 5, seed++, {ClusterForm::cluster, parts});
+        ways(8, 11, 5, seed++, {ClusterForm::cluster, 16});
+        for (const int H : {250, 300, 512})
             for (int way = 0; way < 3; ++way) {
-                const int least = H <= 128 ? 2 : H <= 256 ? 4 : H <= 300 ? 8 : 16;
-                const int parts = least << way > 16 ? 16 : least << way;
-                ways(H, H > 256 ? 3 : 11, H > 256 ? 3 : 5, seed++, {ClusterForm::cluster, parts}, 132, H > 256 ? 1 : 0);
+                const int parts[3][3] = {{4, 7, 16}, {5, 11, 16}, {8, 13, 16}};
+                const int at = H <= 256 ? 0 : H <= 300 ? 1 : 2;
+                ways(H, H > 256 ? 3 : 11, H > 256 ? 3 : 5, seed++, {ClusterForm::cluster, parts[at][way]}, 132,
+                     H > 256 ? 1 : 0);
             }
+    }
     if (what == "grid") {
         for (int parts = 2; parts <= 20; ++parts)
-            ways(8 + parts * 5, 5 + parts % 3 * 6, 5, seed++, {ClusterForm::grid, parts});
+            ways(8 + parts * 5, 1 + parts * 5 % 18, 5, seed++, {ClusterForm::grid, parts});
         // Launches one behind the other, as few blocks may run at once; sizes of a long row.
         ways(60, 70, 4, seed++, {ClusterForm::grid, 3}, 7);
         ways(60, 70, 4, seed++, {ClusterForm::grid, 4}, 4);
@@ -115,8 +121,8 @@ int main(int count, char** arguments) {
         ways(40, 300, 3, seed++, {}, 132, 2);
     }
     if (what == "few") {
-        for (const int parts : {2, 8}) ways(44, 11, 4, seed++, {ClusterForm::cluster, parts});
-        for (const int parts : {3, 5}) ways(44, 11, 4, seed++, {ClusterForm::grid, parts});
+        for (const int parts : {2, 7}) ways(44, parts == 2 ? 11 : 3, 4, seed++, {ClusterForm::cluster, parts});
+        for (const int parts : {3, 5}) ways(44, parts == 3 ? 11 : 2, 4, seed++, {ClusterForm::grid, parts});
         ways(70, 18, 4, seed++, {ClusterForm::cluster, 4});
         ways(70, 18, 4, seed++, {ClusterForm::grid, 2}, 2);
     }

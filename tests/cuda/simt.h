@@ -116,6 +116,11 @@ inline void copy_16(unsigned char* shared, const unsigned char* from) { std::mem
 inline void wait_for_copies() {}
 inline int fetch_add(int* word, int value) { return __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
 inline void pause() { simt::pause(); }
+inline int wait_until(const int* word, int least) {
+    int value;
+    while ((value = load_acquire(word)) < least) pause();
+    return value;
+}
 inline int found_anew(int value) { return value; }
 template <class T>
 T* in_global(T* pointer) {

@@ -31,7 +31,7 @@ def test_what_fits(program: Path) -> None:
 
 
 def test_bits_hang_on_no_order(program: Path) -> None:
-    answers = [run(program, "few", seed=seed, blocks=blocks) for seed, blocks in ((0, 8), (1, 1), (2, 3), (3, 100))]
+    answers = [run(program, "few", seed=seed, blocks=(8, 1, 3, 100)[seed % 4]) for seed in range(20)]
     assert all(answer.returncode == 0 for answer in answers), answers
     assert len({answer.stdout for answer in answers}) == 1
 

@@ -134,10 +134,8 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
             if (before >= call.directions) break;
             const bool falls = call.directions == 2 ? before == 1 : call.reverse;
             const int needed = falls ? bound - t : t + 1;
-            while (seen[before] < needed) {
-                seen[before] = load_acquire(flags + (layer - 1) * call.directions + before);
-                if (seen[before] < needed) pause();
-            }
+            if (seen[before] < needed)
+                seen[before] = wait_until(flags + (layer - 1) * call.directions + before, needed);
         }
     };
 

@@ -12,10 +12,11 @@
 /// many through the cache, but the owner would add as many terms as there are parts once the last has come, where
 /// nothing hides it, and its products would be of a few units of k each, which leaves the sums of a warp no room beside
 /// its weights.
+#include <algorithm>
 #include <atomic>
 
 #include "exchange.h"
-#include "fragments.h"
+#include "sweeps.h"
 
 namespace cellstep {
 namespace cuda {
@@ -28,12 +29,13 @@ struct Spread : Sharing {
     int pieces;  // of a part
     int slices;  // a power of two
     int slice_bits;
-    int blocks;   // of k (backward: pairs of them)
-    int share;    // of a slice
-    int passes;   // of 8 rows
-    int tiles;    // of rows; group: direction * tiles + tile
-    int stride;   // bytes of a row
-    int bias_at;  // places in shared memory, in bytes
+    int blocks;    // of k (backward: pairs of them)
+    int share;     // of a slice
+    int passes;    // of 8 rows
+    int tiles;     // of rows; group: direction * tiles + tile
+    int stride;    // bytes of a row
+    int row_sent;  // bytes of a row that each part is sent in a step
+    int bias_at;   // places in shared memory, in bytes
     int state_at;
     int stage_at;
     int partial_at;
@@ -41,15 +43,6 @@ struct Spread : Sharing {
     int shared;
 };
 
-/// What all threads of a part know, in shared memory as well: of a step the token of its row 0, three steps ahead.
-struct Course {
-    int steps;
-    int first_unit;
-    int direction;
-    int tokens[8];  // thread 0 may be a step ahead of other warps
-
-    __device__ int token(int step) const { return tokens[step & 7]; }
-};
 constexpr int arrivals_begin = 176;
 constexpr int course_at = 192;
 static_assert(course_at + sizeof(Course) <= header_bytes, "the header has room");
@@ -74,20 +67,45 @@ __device__ inline bool is_idle(const Spread& spread, int part, bool with_piece) 
     return Clusters && !with_piece && (spread.slices == 1 || part >= spread.busy);
 }
 
+template <class Call>
+__device__ inline Tile tile_of(const Call& call, const Spread& spread, int group, unsigned char* memory) {
+    const int rows = spread.passes * 8;
+    return {call.steps, group % spread.tiles * rows, rows, reinterpret_cast<int*>(memory)};
+}
+
+/// Where the weights of a warp lie that are not in registers: the units of k behind its kept ones.
+template <int Kept>
+__device__ inline unsigned char* slot_of(const Spread& spread, unsigned char* memory, int thread, int block) {
+    return memory + spread.fragments_at + (thread / 32 * (spread.share - Kept) + block - Kept) * slot_bytes;
+}
+
+/// Sets out for what a warp finishes behind this pass of this step.
+template <class Load>
+__device__ inline void load_next(const Spread& spread, const Tile& tile, int step, int pass, const Load& load) {
+    const bool same = pass + spread.slices < tile.passes();
+    load(same ? step : step + 1, same ? pass + spread.slices : Work(spread, this_thread()).slice);
+}
+
+/// Sends the rows of a pass, `Chunks` chunks of 16 bytes each, of which the first is number `first` of all; a power of
+/// two of them. place(row of the pass, chunk): where one lies. Rows that do not exist are not sent: all lanes share
+/// what there is, chunks and parts.
+template <int Chunks, bool Clusters, class Place>
+__device__ inline void send_rows(const Exchange<Clusters>& exchange, const Spread& spread, const Tile& tile, int step,
+                                 int pass, int first, const Place& place) {
+    const int count = min(tile.existing() - pass * 8, 8), bits = count > 4 ? 3 : count > 2 ? 2 : count > 1 ? 1 : 0;
+    const int lane = this_thread() % 32, chunk = lane % Chunks, at = lane / Chunks;
+    constexpr int lanes = 32 / Chunks;  // of a chunk
+    const int apart = max(lanes >> bits, 1);
+#pragma unroll 1
+    for (int row = at & ((1 << bits) - 1); row < count; row += lanes)
+        exchange.send(step, (pass * 8 + row) * spread.stride + chunk_of(first + chunk, row) * 16,
+                      read<uint4>(place(row, chunk)), at >> bits, apart);
+}
+
 /// -----------------------------------------------------------------------------------------------------------------
 /// Forward. A piece is a group of 8 hidden units, for which a lane has all four gates of one unit for two rows.
 
 constexpr int forward_kept = 12;  // k-blocks of a warp in registers
-
-template <class T>
-struct ForwardArrays {
-    const T* sums;
-    T* y;
-    T* gates;  // null, as cells
-    T* cells;
-    T* h_n;
-    T* c_n;
-};
 
 struct ForwardPlan {
     Forward call;
@@ -101,125 +119,62 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     unsigned char* const memory = shared_memory();
     const Exchange<Clusters> exchange = {spread, memory};
     auto& arrays = *reinterpret_cast<ForwardArrays<T>*>(memory + arrays_at);
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const int threads = static_cast<int>(blockDim.x);
-    const int H = call.hidden_size, batch = call.steps.batch;
-    const int direction = exchange.group() / spread.tiles;
-    const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
-    const int rows = spread.passes * 8;
-    const Tile tile = {call.steps, exchange.group() % spread.tiles * rows, rows, reinterpret_cast<int*>(memory)};
     auto& course = *reinterpret_cast<Course*>(memory + course_at);
-    if (thread == 0) {
-        course.direction = direction;
-        course.first_unit = exchange.part() * spread.pieces * 8;
-    }
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int H = call.hidden_size;
+    const Tile tile = tile_of(call, spread, exchange.group(), memory);
     {
-        const int steps = tile.longest();
-        if (thread == 0) course.steps = steps;
+        const int direction = exchange.group() / spread.tiles;
+        course.begin(tile, direction, exchange.part() * spread.pieces * 8, runs_backwards(call, direction));
+        if (thread == 0) arrays.begin(call, direction);
     }
-    const auto time_of = [&](int step) { return backwards ? course.steps - 1 - step : step; };
-    const auto token_of = [&](int step) { return step < course.steps ? tile.token(time_of(step)) : 0; };
-    const int width = call.directions * H;
-    const std::int64_t state = static_cast<std::int64_t>(direction) * batch * H;
-    const bool zeros_past = call.steps.lengths && !call.steps.offsets;
-    if (thread == 0) {
-        const std::int64_t past = direction * call.steps.tokens * H;
-        arrays.sums = static_cast<const T*>(call.sums) + 4 * past;
-        arrays.y = static_cast<T*>(call.y) + direction * H;
-        arrays.gates = call.gates ? static_cast<T*>(call.gates) + 4 * past : nullptr;
-        arrays.cells = call.cells ? static_cast<T*>(call.cells) + past : nullptr;
-        arrays.h_n = static_cast<T*>(call.h_n) + state;
-        arrays.c_n = static_cast<T*>(call.c_n) + state;
-    }
-
-    const Work all_along(spread, thread);
+    clear(exchange.values(0), spread.bytes);
+    if (Clusters) clear(exchange.values(1), spread.bytes);
     block_sync();
-    const int group = exchange.part() * spread.pieces + all_along.piece;
+
+    float4* const biases = reinterpret_cast<float4*>(memory + spread.bias_at);
+    const StageWeights& weights = call.stages[course.stage];
+    add_biases<T>(biases, weights, course.first_unit, spread.pieces * 8, H);
+    const Work all_along(spread, thread);
     const auto exists = [&](const Work& work) { return course.first_unit + work.piece * 8 < H; };
     const auto blocks_of = [&](const Work& work) {
         return exists(work) ? min(spread.share, spread.blocks - work.slice * spread.share) : 0;
     };
-    const int first_block = all_along.slice * spread.share, blocks = blocks_of(all_along);
-
-    if (thread == 0)
-        for (int step = 0; step < 3; ++step) course.tokens[step] = token_of(step);
-    clear(exchange.values(0), spread.bytes);
-    if (Clusters) clear(exchange.values(1), spread.bytes);
-    const StageWeights& weights = call.stages[direction];
-    float4* const biases = reinterpret_cast<float4*>(memory + spread.bias_at);
-    for (int at = thread; at < spread.pieces * 8; at += threads) {
-        const int unit = course.first_unit + at;
-        float bias[4] = {};
-        for (int gate = 0; gate < 4 && unit < H; ++gate)
-            for (const WeightView* view : {&weights.bias_ih, &weights.bias_hh})
-                if (view->data)
-                    bias[gate] += to_float(static_cast<const T*>(
-                        view->data)[gate * view->gate + unit / 16 * view->panel + unit % 16 * view->unit]);
-        biases[at] = make_float4(bias[0], bias[1], bias[2], bias[3]);
-    }
-
     Fragments kept[forward_kept];
-    // Slots of a warp are those of the k-blocks behind its kept ones.
-    const auto slot_of = [&](int of_thread, int block) {
-        return memory + spread.fragments_at +
-               (of_thread / 32 * (spread.share - forward_kept) + block - forward_kept) * slot_bytes;
-    };
+    {
+        const int group = course.first_unit / 8 + all_along.piece, first_block = all_along.slice * spread.share;
+        const int blocks = blocks_of(all_along);
 #pragma unroll
-    for (int block = 0; block < forward_kept; ++block)
-        if (block < blocks) load_fragments<T>(kept[block], weights.weight_hh, group, H, first_block + block, H, lane);
-    for (int block = forward_kept; block < blocks; ++block) {
-        Fragments found;
-        load_fragments<T>(found, weights.weight_hh, group, H, first_block + block, H, lane);
-        write_fragments(found, slot_of(thread, block), lane);
+        for (int block = 0; block < forward_kept; ++block)
+            if (block < blocks)
+                load_fragments<T>(kept[block], weights.weight_hh, group, H, first_block + block, H, lane);
+        for (int block = forward_kept; block < blocks; ++block) {
+            Fragments found;
+            load_fragments<T>(found, weights.weight_hh, group, H, first_block + block, H, lane);
+            write_fragments(found, slot_of<forward_kept>(spread, memory, thread, block), lane);
+        }
     }
-    block_sync();  // the values are clear
 
-    const auto starts_reset = [&](int row) {
-        return !backwards && call.steps.reset && tile.lengths[row] > 0 && tile.reset(0, row);
+    const auto h_place = [&](int step, int row, int unit) {
+        return reinterpret_cast<T*>(exchange.values(step) + row * spread.stride + chunk_of(unit / 8, row) * 16) +
+               unit % 8;
     };
-    for (int row = warp; row < rows && tile.first + row < batch; row += threads / 32) {
-        const bool reset = starts_reset(row);
-        const T* const from = static_cast<const T*>(call.h) + state + static_cast<std::int64_t>(tile.first + row) * H;
-        unsigned char* const to = exchange.values(0) + row * spread.stride;
-        for (int unit = lane; unit < H; unit += 32)
-            write(to + chunk_of(unit / 8, row) * 16 + unit % 8 * 2,
-                  reset ? at_or_zero<T>(call.initial_h, course.direction * H + unit) : from[unit]);
-    }
+    for (int row = warp; row < tile.existing(); row += static_cast<int>(blockDim.x) / 32)
+        for (int unit = lane; unit < H; unit += 32) *h_place(0, row, unit) = first_h<T>(call, tile, course, row, unit);
     const auto cell_place = [&](const Work& work, int pass) {
         return memory + spread.state_at + ((pass * spread.pieces + work.piece) * 32 + work.lane) * 8;
     };
-    for (int pass = all_along.slice; pass < spread.passes; pass += spread.slices) {
-        float c[2] = {0.0f, 0.0f};
-        for (int e = 0; e < 2; ++e) {
-            const int row = pass * 8 + 2 * all_along.q + e, n = tile.first + row, u = group * 8 + lane / 4;
-            if (u >= H || n >= batch) continue;
-            const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
-            T c_first = static_cast<const T*>(call.c)[state + place];
-            if (tile.lengths[row] == 0) {
-                arrays.h_n[place] = static_cast<const T*>(call.h)[state + place];
-                arrays.c_n[place] = c_first;
-            } else if (starts_reset(row)) {
-                c_first = at_or_zero<T>(call.initial_c, course.direction * H + u);
-            }
-            c[e] = to_float(c_first);
-        }
-        write(cell_place(all_along, pass), make_float2(c[0], c[1]));
+    for (int pass = all_along.slice; pass < tile.passes(); pass += spread.slices) {
+        const int row = pass * 8 + 2 * all_along.q, unit = course.first_unit + all_along.piece * 8 + lane / 4;
+        write(cell_place(all_along, pass), make_float2(first_cell(call, arrays, tile, course, row, unit),
+                                                       first_cell(call, arrays, tile, course, row + 1, unit)));
     }
 
-    T coming[2][4];  // gate sums that were given
-    const auto load_sums = [&](int step, int pass) {
+    std::uint32_t coming[8];  // gate sums that were given
+    const auto load = [&](int step, int pass) {
         const Work work(spread, this_thread());
-        const int u = course.first_unit + work.piece * 8 + work.lane / 4;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int row = pass * 8 + 2 * work.q + e;
-            const bool there =
-                pass < spread.passes && step < course.steps && u < H && time_of(step) < tile.lengths[row];
-            const T* from =
-                in_global(arrays.sums) + static_cast<std::int64_t>(course.token(step) + tile.first + row) * 4 * H + u;
-#pragma unroll
-            for (int gate = 0; gate < 4; ++gate) coming[e][gate] = there ? from[gate * H] : from_float<T>(0.0f);
-        }
+        load_sums(coming, arrays, tile, course, step, pass * 8 + 2 * work.q,
+                  course.first_unit + work.piece * 8 + work.lane / 4, H);
     };
     const auto multiply = [&](float (&all)[2][4], int step, int pass) {
         float sums[2][2][4] = {};
@@ -235,7 +190,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         for (int block = forward_kept; block < blocks; ++block) {
             Fragments found;
             const int again = this_thread();
-            read_fragments(found, slot_of(again, block), again % 32);
+            read_fragments(found, slot_of<forward_kept>(spread, memory, again, block), again % 32);
             multiply_block<T>(sums, found, read<uint4>(values + block * block_bytes));
         }
 #pragma unroll
@@ -245,93 +200,60 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     };
     const auto finish = [&](const float (&all)[2][4], int step, int pass) {
         const Work work(spread, this_thread());
-        const int t = time_of(step), q = work.q, at = work.piece * 8 + work.lane / 4, u = course.first_unit + at;
+        const int at = work.piece * 8 + work.lane / 4, u = course.first_unit + at, row = pass * 8 + 2 * work.q;
+        const bool reset[2] = {is_reset_behind(tile, course, step, row), is_reset_behind(tile, course, step, row + 1)};
         const float2 c_pair = read<float2>(cell_place(work, pass));
-        float c_of[2] = {c_pair.x, c_pair.y};
+        const float c_before[2] = {c_pair.x, c_pair.y};
         const float4 bias = biases[at];
         float a[2][4];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            a[e][0] = all[0][e] + bias.x + to_float(coming[e][0]);
-            a[e][1] = all[0][2 + e] + bias.y + to_float(coming[e][1]);
-            a[e][2] = all[1][e] + bias.z + to_float(coming[e][2]);
-            a[e][3] = all[1][2 + e] + bias.w + to_float(coming[e][3]);
+            a[e][0] = all[0][e] + bias.x + to_float(from_bits<T>(coming[e * 4]));
+            a[e][1] = all[0][2 + e] + bias.y + to_float(from_bits<T>(coming[e * 4 + 1]));
+            a[e][2] = all[1][e] + bias.z + to_float(from_bits<T>(coming[e * 4 + 2]));
+            a[e][3] = all[1][2 + e] + bias.w + to_float(from_bits<T>(coming[e * 4 + 3]));
         }
-        // Those of what comes behind are on their way meanwhile.
-        const bool same = pass + spread.slices < spread.passes;
-        load_sums(same ? step : step + 1, same ? pass + spread.slices : work.slice);
+        load_next(spread, tile, step, pass, load);
         unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 128;
 
-        float c_next[2];
+        float c_of[2], c_next[2];
         T h_of[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const int row = pass * 8 + 2 * q + e, length = tile.lengths[row];
-            const float c_before = c_of[e];
             float h;
+            c_of[e] = c_before[e];
             update(a[e], c_of[e], h, T());
             h_of[e] = from_float<T>(h);
             T h_next = h_of[e];
             c_next[e] = c_of[e];
-            if (u >= H) {
+            if (u < H)
+                carry_on(h_next, c_next[e], h_place(step, row + e, u), c_before[e], call, tile, course, step, row + e,
+                         u, reset[e]);
+            else
                 h_next = from_float<T>(0.0f);
-            } else if (t >= length) {
-                h_next = read<T>(exchange.values(step) + row * spread.stride + chunk_of(u / 8, row) * 16 + u % 8 * 2);
-                c_next[e] = c_before;
-            } else if (call.steps.reset) {
-                const int flagged = backwards ? t : t + 1;  // put to the initial state before the next step
-                if (flagged > 0 && flagged < length && tile.reset(flagged, row)) {
-                    h_next = at_or_zero<T>(call.initial_h, course.direction * H + u);
-                    c_next[e] = to_float(at_or_zero<T>(call.initial_c, course.direction * H + u));
-                }
-            }
-            write(stage + (2 * q + e) * 16 + work.lane / 4 * 2, h_next);
+            write(stage + (2 * work.q + e) * 16 + work.lane / 4 * 2, h_next);
         }
         write(cell_place(work, pass), make_float2(c_next[0], c_next[1]));
         if (step + 1 < course.steps) {
             warp_sync();
-            const int row = work.lane % 8;
-            exchange.send(step + 1,
-                          (pass * 8 + row) * spread.stride + chunk_of(course.first_unit / 8 + work.piece, row) * 16,
-                          read<uint4>(stage + row * 16), work.lane / 8, 4);
+            send_rows<1>(exchange, spread, tile, step + 1, pass, course.first_unit / 8 + work.piece,
+                         [&](int of_row, int) { return stage + of_row * 16; });
         }
-        // What nobody waits for.
         if (u >= H) return;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int row = pass * 8 + 2 * q + e, n = tile.first + row, length = tile.lengths[row];
-            const std::int64_t token = course.token(step) + n;
-            const bool past = t >= length;
-            if (past && (!zeros_past || n >= batch)) continue;
-            const T zero = from_float<T>(0.0f);
-            in_global(arrays.y)[token * width + u] = past ? zero : h_of[e];
-            if (arrays.gates) {
-                T* const gates = in_global(arrays.gates);
-                T* const cells_out = in_global(arrays.cells);
-#pragma unroll
-                for (int gate = 0; gate < 4; ++gate)
-                    gates[(token * 4 + gate) * H + u] = past ? zero : from_float<T>(a[e][gate]);
-                cells_out[token * H + u] = past ? zero : from_float<T>(c_of[e]);
-            }
-            if (!past && t == (backwards ? 0 : length - 1)) {
-                const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
-                in_global(arrays.h_n)[place] = h_of[e];
-                in_global(arrays.c_n)[place] = from_float<T>(c_of[e]);
-            }
-        }
+        for (int e = 0; e < 2; ++e) store_unit(call, arrays, tile, course, step, row + e, u, a[e], c_of[e], h_of[e]);
     };
     const auto partial = [&](const Work& work, int pass, int of_slice) {
         return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + work.piece) * 1024 +
                work.lane * 16;
     };
 
-    load_sums(0, all_along.slice);
-
+    load(0, all_along.slice);
     for (int step = 0; step < course.steps; ++step) {
-        exchange.meet(step);
+        exchange.meet(step, tile.existing() * spread.row_sent, tile.existing() * spread.stride);
         if (step == 0 && is_idle<Clusters>(spread, exchange.part(), exists(Work(spread, this_thread())))) break;
-        if (this_thread() == 0) course.tokens[(step + 3) & 7] = token_of(step + 3);
-        for (int pass = 0; pass < spread.passes; ++pass) {
+        if (this_thread() == 0) course.look_up(tile, step + Course::ahead);
+        for (int pass = 0; pass < tile.passes(); ++pass) {
             float all[2][4];
             multiply(all, step, pass);
             const Work work(spread, this_thread());
@@ -347,7 +269,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         if (spread.slices > 1) {
             block_sync();
             const Work work(spread, this_thread());
-            for (int pass = work.slice; exists(work) && pass < spread.passes; pass += spread.slices) {
+            for (int pass = work.slice; exists(work) && pass < tile.passes(); pass += spread.slices) {
                 float all[2][4] = {};
                 for (int of_slice = 0; of_slice < spread.slices; ++of_slice)
 #pragma unroll
@@ -364,9 +286,9 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     }
 
     // Nothing is sent behind the last meeting: no part writes to one that may have ended.
-    if (zeros_past && course.first_unit < H) {
+    if (zeros_past(call.steps) && course.first_unit < H) {
         const int units = min(spread.pieces * 8, H - course.first_unit);
-        clear_past(arrays.y + course.first_unit, tile, course.steps, units, width);
+        clear_past(arrays.y + course.first_unit, tile, course.steps, units, call.directions * H);
         for (int gate = 0; gate < 4 && arrays.gates; ++gate)
             clear_past(arrays.gates + gate * H + course.first_unit, tile, course.steps, units, 4 * H);
         if (arrays.cells) clear_past(arrays.cells + course.first_unit, tile, course.steps, units, H);
@@ -390,107 +312,55 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     unsigned char* const memory = shared_memory();
     const Exchange<Clusters> exchange = {spread, memory};
     auto& arrays = *reinterpret_cast<BackwardArrays<T>*>(memory + arrays_at);
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-    const int H = call.hidden_size, batch = call.steps.batch;
-    const int direction = exchange.group() / spread.tiles;
-    const bool backwards = call.directions == 2 ? direction == 1 : call.reverse;
-    const int rows = spread.passes * 8;
-    const Tile tile = {call.steps, exchange.group() % spread.tiles * rows, rows, reinterpret_cast<int*>(memory)};
     auto& course = *reinterpret_cast<Course*>(memory + course_at);
-    if (thread == 0) {
-        course.direction = direction;
-        course.first_unit = exchange.part() * spread.pieces * 16;
-    }
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    const int H = call.hidden_size;
+    const Tile tile = tile_of(call, spread, exchange.group(), memory);
     {
-        const int steps = tile.longest();
-        if (thread == 0) course.steps = steps;
+        const int direction = exchange.group() / spread.tiles;
+        course.begin(tile, direction, exchange.part() * spread.pieces * 16, !runs_backwards(call, direction));
+        if (thread == 0) arrays.begin(call, direction);
     }
-    const auto time_of = [&](int step) { return backwards ? step : course.steps - 1 - step; };
-    const auto token_of = [&](int step) { return step < course.steps ? tile.token(time_of(step)) : 0; };
-    const std::int64_t state = static_cast<std::int64_t>(direction) * batch * H;
-    if (thread == 0) {
-        const std::int64_t past = direction * call.steps.tokens * H;
-        arrays.gates = static_cast<const T*>(call.gates) + 4 * past;
-        arrays.cells = static_cast<const T*>(call.cells) + past;
-        arrays.c = static_cast<const T*>(call.c) + state;
-        arrays.grad_outputs = call.grad_outputs ? static_cast<const T*>(call.grad_outputs) + direction * H : nullptr;
-        arrays.grad_cells = call.grad_cells ? static_cast<const T*>(call.grad_cells) + past : nullptr;
-        arrays.grad_sums = static_cast<T*>(call.grad_sums) + 4 * past;
-    }
-    const int width = call.directions * H;
-    const bool zeros_past = call.steps.lengths && !call.steps.offsets;
+    clear(exchange.values(0), spread.bytes);
+    if (Clusters) clear(exchange.values(1), spread.bytes);
+    block_sync();
 
     const Work all_along(spread, thread);
-    block_sync();
-    const int at = exchange.part() * spread.pieces + all_along.piece;
     const auto exists = [&](const Work& work) { return course.first_unit + work.piece * 16 < H; };
     const auto pairs_of = [&](const Work& work) {
         return exists(work) ? min(spread.share, spread.blocks - work.slice * spread.share) : 0;
     };
-    const int first_pair = all_along.slice * spread.share, pairs = pairs_of(all_along);
-
-    if (thread == 0)
-        for (int step = 0; step < 3; ++step) course.tokens[step] = token_of(step);
-    block_sync();
-
     Fragments kept[backward_kept];
-    // Slots of a warp are those of the pairs behind its kept ones.
-    const auto slot_of = [&](int of_thread, int pair) {
-        return memory + spread.fragments_at +
-               (of_thread / 32 * (spread.share - backward_kept) + pair - backward_kept) * slot_bytes;
-    };
+    {
+        const WeightView& weights = call.weight_hh[course.stage];
+        const int at = course.first_unit / 16 + all_along.piece, first_pair = all_along.slice * spread.share;
+        const int pairs = pairs_of(all_along);
 #pragma unroll
-    for (int pair = 0; pair < backward_kept; ++pair)
-        if (pair < pairs) load_transposed<T>(kept[pair], call.weight_hh[direction], at, first_pair + pair, H, lane);
-    for (int pair = backward_kept; pair < pairs; ++pair) {
-        Fragments found;
-        load_transposed<T>(found, call.weight_hh[direction], at, first_pair + pair, H, lane);
-        write_fragments(found, slot_of(thread, pair), lane);
+        for (int pair = 0; pair < backward_kept; ++pair)
+            if (pair < pairs) load_transposed<T>(kept[pair], weights, at, first_pair + pair, H, lane);
+        for (int pair = backward_kept; pair < pairs; ++pair) {
+            Fragments found;
+            load_transposed<T>(found, weights, at, first_pair + pair, H, lane);
+            write_fragments(found, slot_of<backward_kept>(spread, memory, thread, pair), lane);
+        }
     }
 
     // The gradient of the cells on its way from step to step: [half of the tile][row].
     const auto carried = [&](const Work& work, int pass) {
         return memory + spread.state_at + ((pass * spread.pieces + work.piece) * 32 + work.lane) * 16;
     };
-    for (int pass = all_along.slice; pass < spread.passes; pass += spread.slices) {
+    const auto row_of = [](const Work& work, int pass) { return pass * 8 + 2 * work.q; };
+    const auto unit_of = [&](const Work& work) { return course.first_unit + work.piece * 16 + work.lane / 4; };
+    for (int pass = all_along.slice; pass < tile.passes(); pass += spread.slices) {
         write(carried(all_along, pass), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-        for (int place = 0; place < 4; ++place) {
-            const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * all_along.q + place % 2;
-            const int n = tile.first + row;
-            if (unit >= H || n >= batch || tile.lengths[row] > 0) continue;
-            const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
-            static_cast<T*>(call.grad_h)[where] = at_or_zero<T>(call.grad_h_n, where);
-            static_cast<T*>(call.grad_c)[where] = at_or_zero<T>(call.grad_c_n, where);
-        }
+        pass_through<T>(call, tile, course, row_of(all_along, pass), unit_of(all_along));
     }
 
-    // What a tile reads of a step, on its way while the products before it run.
-    T gate_of[4][4], cell[4], cell_before[4], grad_y[4];
+    Left<T> left;
     const auto load = [&](int step, int pass) {
-        const int token = course.token(step), token_next = course.token(step + 1);
         const Work work(spread, this_thread());
-        const int t = time_of(step), first_of_lane = course.first_unit + work.piece * 16 + work.lane / 4;
-#pragma unroll
-        for (int place = 0; place < 4; ++place) {
-            const int unit = first_of_lane + place / 2 * 8, row = pass * 8 + 2 * work.q + place % 2;
-            const int n = tile.first + row, length = pass < spread.passes ? tile.lengths[row] : 0;
-            const T zero = from_float<T>(0.0f);
-            const bool there = step < course.steps && unit < H && t < length;
-            const std::int64_t place_now = static_cast<std::int64_t>(token + n) * H + unit;
-#pragma unroll
-            for (int gate = 0; gate < 4; ++gate)
-                gate_of[place][gate] = there ? in_global(arrays.gates)[place_now * 4 - 3 * unit + gate * H] : zero;
-            cell[place] = there ? in_global(arrays.cells)[place_now] : zero;
-            const bool first = backwards ? t + 1 == length : t == 0;  // of the forward pass
-            const T* before = first ? in_global(arrays.c) + static_cast<std::int64_t>(n) * H + unit
-                                    : in_global(arrays.cells) + static_cast<std::int64_t>(token_next + n) * H + unit;
-            cell_before[place] = there ? *in_global(before) : zero;
-            grad_y[place] = there && call.grad_outputs
-                                ? in_global(arrays.grad_outputs)[static_cast<std::int64_t>(token + n) * width + unit]
-                                : zero;
-        }
+        left.load(call, arrays, tile, course, step, row_of(work, pass), unit_of(work));
     };
-
     const auto multiply = [&](float (&dh_of)[4], int step, int pass) {
         float sums[2][2][4] = {};
         if (step > 0) {
@@ -512,7 +382,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                 Fragments found;
                 const int again = this_thread();
                 const unsigned char* const here = again_values(again) + pair * 2 * block_bytes;
-                read_fragments(found, slot_of(again, pair), again % 32);
+                read_fragments(found, slot_of<backward_kept>(spread, memory, again, pair), again % 32);
                 multiply_pair<T>(sums, found, read<uint4>(here), read<uint4>(here + block_bytes));
             }
         }
@@ -522,90 +392,30 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     };
     const auto finish = [&](const float (&dh_of)[4], int step, int pass) {
         const Work work(spread, this_thread());
-        const int token = course.token(step);
-        const int t = time_of(step), q = work.q, first_of_lane = course.first_unit + work.piece * 16 + work.lane / 4;
-        bool cut[2] = {false, false};    // from the step that the sweep has just left
-        bool fresh[2] = {false, false};  // the step began from the initial state
-        int length[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int row = pass * 8 + 2 * q + e;
-            length[e] = tile.lengths[row];
-            if (!call.steps.reset) continue;
-            const int behind = backwards ? t : t + 1, before = backwards ? t + 1 : t;
-            if (behind < length[e] && (!backwards || behind > 0)) cut[e] = tile.reset(behind, row);
-            if (before >= 0 && before < length[e]) fresh[e] = tile.reset(before, row);
-        }
-        const float4 dc_quad = read<float4>(carried(work, pass));
-        float dc_of[4] = {dc_quad.x, dc_quad.y, dc_quad.z, dc_quad.w};
         unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 1024;
         // Chunks of a row change places, so that lanes of four rows meet different banks.
         const auto stage_place = [&](int row, int chunk) { return stage + row * 128 + (chunk ^ (row & 6)) * 16; };
-        const auto result_place = [&](const Work& of, int place) {
-            return stage_place(2 * of.q + place % 2, of.lane / 8 + place / 2 * 4) + of.lane / 4 % 2 * 8;
+        const auto result_place = [&](int place) {
+            return stage_place(2 * work.q + place % 2, work.lane / 8 + place / 2 * 4) + work.lane / 4 % 2 * 8;
         };
-#pragma unroll
-        for (int place = 0; place < 4; ++place) {
-            const int e = place % 2, unit = first_of_lane + place / 2 * 8, row = pass * 8 + 2 * q + e;
-            const int n = tile.first + row;
-            const bool there = unit < H && n < batch;
-            const std::int64_t where = (static_cast<std::int64_t>(course.direction) * batch + n) * H + unit;
-            float dh = cut[e] ? 0.0f : dh_of[place], dc = cut[e] ? 0.0f : dc_of[place];
-            if (there && length[e] > 0 && (backwards ? t == length[e] : step == course.steps)) {
-                static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
-                static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
-            }
-            if (step == course.steps) continue;
-            T results[4];
-            if (there && t < length[e]) {
-                if (backwards ? t == 0 : t == length[e] - 1) {
-                    dh = to_float(at_or_zero<T>(call.grad_h_n, where));
-                    dc = to_float(at_or_zero<T>(call.grad_c_n, where));
-                }
-                const float i = to_float(gate_of[place][0]), f = to_float(gate_of[place][1]);
-                const float g = to_float(gate_of[place][2]), o = to_float(gate_of[place][3]);
-                const float before = fresh[e] ? to_float(at_or_zero<T>(call.initial_c, course.direction * H + unit))
-                                              : to_float(cell_before[place]);
-                const float tanh_c = tanh_for(to_float(cell[place]), T());
-                dh += to_float(grad_y[place]);
-                dc += dh * o * (1.0f - tanh_c * tanh_c) +
-                      (call.grad_cells
-                           ? to_float(in_global(arrays.grad_cells)[static_cast<std::int64_t>(token + n) * H + unit])
-                           : 0.0f);
-                results[0] = from_float<T>(dc * g * i * (1.0f - i));
-                results[1] = from_float<T>(dc * before * f * (1.0f - f));
-                results[2] = from_float<T>(dc * i * (1.0f - g * g));
-                results[3] = from_float<T>(dh * tanh_c * o * (1.0f - o));
-                dc_of[place] = dc * f;
-            } else {
-#pragma unroll
-                for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
-            }
-            write(result_place(work, place),
-                  make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
-        }
+        const float4 dc_quad = read<float4>(carried(work, pass));
+        float dc_of[4] = {dc_quad.x, dc_quad.y, dc_quad.z, dc_quad.w};
+        step_back(dh_of, dc_of, left, call, arrays, tile, course, step, row_of(work, pass), unit_of(work),
+                  [&](int place, const T(&results)[4]) {
+                      write(result_place(place),
+                            make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
+                  });
         if (step == course.steps) return;
         write(carried(work, pass), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
         warp_sync();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = work.lane / 8 + half * 4, chunk = work.lane % 8;
-            const int of_all = (course.first_unit / 16 + work.piece) * 8 + chunk;
-            exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(of_all, row) * 16,
-                          read<uint4>(stage_place(row, chunk)), 0, 1);
-        }
+        send_rows<8>(exchange, spread, tile, step + 1, pass, (course.first_unit / 16 + work.piece) * 8, stage_place);
 // What nobody waits for.
 #pragma unroll 1
         for (int place = 0; place < 4; ++place) {
-            const int e = place % 2, unit = first_of_lane + place / 2 * 8, n = tile.first + pass * 8 + 2 * q + e;
-            if (unit >= H || n >= batch || (t >= tile.lengths[pass * 8 + 2 * q + e] && !zeros_past)) continue;
-            const uint2 results = read<uint2>(result_place(work, place));
-            T* const to =
-                in_global(arrays.grad_sums) + static_cast<std::int64_t>(course.token(step) + n) * 4 * H + unit;
-            to[0] = from_bits<T>(results.x);
-            to[H] = from_bits<T>(results.x >> 16);
-            to[2 * H] = from_bits<T>(results.y);
-            to[3 * H] = from_bits<T>(results.y >> 16);
+            const uint2 results = read<uint2>(result_place(place));
+            store_sums(call, arrays, tile, course, step, row_of(work, pass) + place % 2, unit_of(work) + place / 2 * 8,
+                       {from_bits<T>(results.x), from_bits<T>(results.x >> 16), from_bits<T>(results.y),
+                        from_bits<T>(results.y >> 16)});
         }
     };
     const auto partial = [&](const Work& work, int pass, int of_slice) {
@@ -616,15 +426,14 @@ __device__ inline void sweep(const BackwardPlan& plan) {
     load(0, all_along.slice);
     // Step 0 reads no values: the first meeting is that all parts have begun.
     for (int step = 0; step <= course.steps; ++step) {
-        exchange.meet(step);
+        exchange.meet(step, tile.existing() * spread.row_sent, tile.existing() * spread.stride);
         if (step == 0 && is_idle<Clusters>(spread, exchange.part(), exists(Work(spread, this_thread())))) break;
-        if (this_thread() == 0) course.tokens[(step + 3) & 7] = token_of(step + 3);
+        if (this_thread() == 0) course.look_up(tile, step + Course::ahead);
         const auto finish_and_load = [&](const float (&dh_of)[4], int pass) {
             finish(dh_of, step, pass);
-            const bool same = pass + spread.slices < spread.passes;
-            load(same ? step : step + 1, same ? pass + spread.slices : Work(spread, this_thread()).slice);
+            load_next(spread, tile, step, pass, load);
         };
-        for (int pass = 0; pass < spread.passes; ++pass) {
+        for (int pass = 0; pass < tile.passes(); ++pass) {
             float dh_of[4];
             multiply(dh_of, step, pass);
             const Work work(spread, this_thread());
@@ -636,7 +445,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
         if (spread.slices > 1) {
             block_sync();
             const auto again = [&] { return Work(spread, this_thread()); };
-            for (int pass = again().slice; exists(again()) && pass < spread.passes; pass += spread.slices) {
+            for (int pass = again().slice; exists(again()) && pass < tile.passes(); pass += spread.slices) {
                 const Work work = again();
                 float dh_of[4] = {};
                 for (int of_slice = 0; of_slice < spread.slices; ++of_slice) {
@@ -650,7 +459,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             }
         }
     }
-    if (zeros_past && course.first_unit < H)
+    if (zeros_past(call.steps) && course.first_unit < H)
         for (int gate = 0; gate < 4; ++gate)
             clear_past(arrays.grad_sums + gate * H + course.first_unit, tile, course.steps,
                        min(spread.pieces * 16, H - course.first_unit), 4 * H);
@@ -710,7 +519,7 @@ bool lay(const Sizes& sizes, std::size_t limit, Spread* spread) {
     spread->pieces = up(sizes.pieces, spread->parts);
     if (spread->pieces > most_warps) return false;
     spread->busy = up(sizes.pieces, spread->pieces);
-    spread->sent = sizes.pieces * spread->passes * sizes.stage;
+    spread->row_sent = sizes.pieces * sizes.stage / 8;
     spread->bytes = spread->passes * 8 * sizes.stride;
     spread->arrivals_at = arrivals_begin;
     spread->slices = 1;
@@ -737,10 +546,10 @@ bool lay(const Sizes& sizes, std::size_t limit, Spread* spread) {
 
 /// Cycles of a step, roughly: what decides between spreads that fit. Products of a warp scheduler, 8 cycles each, run
 /// beside what shared memory moves, 128 bytes a cycle; the rest follows one behind the other.
-std::int64_t cycles_of(const Sizes& sizes, const Spread& spread) {
+std::int64_t cycles_of(const Sizes& sizes, const Spread& spread, int batch) {
     const int warps = spread.pieces * spread.slices, apart = spread.share > sizes.kept ? spread.share - sizes.kept : 0;
     const int products = up(warps, 4) * spread.share * 4 * 8, moved = warps * (spread.share * 4 + apart * 16);
-    const std::int64_t values = static_cast<std::int64_t>(spread.passes) * 8 * sizes.stride;
+    const std::int64_t values = static_cast<std::int64_t>(std::min(spread.passes * 8, batch)) * sizes.stride;
     const int meeting = spread.grid ? 2000 : 500;
     return spread.passes * (products > moved ? products : moved) + values / (spread.grid ? 48 : 32) + meeting +
            up(spread.passes, spread.slices) * 250 + (spread.slices > 1 ? 100 : 0);
@@ -773,18 +582,21 @@ bool make_plan(const Call& call, const ClusterForm& form, Plan* plan) {
             // A cluster that has ended makes room for the next; all blocks of a grid must run at once.
             const int turns = up(spread.slots, room);
             if (grid && spread.slots > room) spread.slots = room;
-            const std::int64_t cycles = cycles_of(sizes, spread) * turns;
+            const std::int64_t cycles = cycles_of(sizes, spread, batch) * turns;
             if (least >= 0 && cycles >= least) continue;
             least = cycles;
             plan->spread = spread;
         }
     };
-    const bool with_clusters = form.exchange != ClusterForm::grid, with_grid = form.exchange != ClusterForm::cluster;
-    for (int parts = 2; parts <= most_cluster && with_clusters; parts *= 2)
-        if (form.parts == 0 || form.parts == parts) consider(false, parts);
-    if (with_grid && form.parts > 0) consider(true, form.parts);
-    for (int pieces = 1; pieces <= most_warps && with_grid && form.parts == 0; ++pieces)
-        consider(true, up(sizes.pieces, pieces));
+    for (const bool grid : {false, true}) {
+        if (form.exchange == (grid ? ClusterForm::cluster : ClusterForm::grid)) continue;
+        // Of as many pieces a part, the fewest parts.
+        for (int pieces = 1; pieces <= most_warps; ++pieces) {
+            const int parts = form.parts > 0 ? form.parts : std::max(up(sizes.pieces, pieces), grid ? 1 : 2);
+            if (grid || (parts >= 2 && parts <= most_cluster)) consider(grid, parts);
+            if (form.parts > 0) break;
+        }
+    }
     return least >= 0;
 }
 

@@ -79,6 +79,22 @@ __device__ inline int fetch_add(int* word, int value) { return atomicAdd(word, v
 /// Between two looks at a word that another block is to change.
 __device__ inline void pause() { __nanosleep(32); }
 
+/// Looks at what another block is to change, 32 ns and more apart (some hundred where the look goes through the cache):
+/// minutes, more than any block is behind another one, even where a tool slows them.
+constexpr int longest_wait = 1 << 30;
+
+/// Waits until another block has brought the word to `least`; what it then is. The driver reports an error for a launch
+/// whose blocks wait without end.
+__device__ inline int wait_until(const int* word, int least) {
+    int value = load_acquire(word);
+    for (int looks = 1; value < least; ++looks) {
+        if (looks == longest_wait) __trap();
+        pause();
+        value = load_acquire(word);
+    }
+    return value;
+}
+
 /// 2^x and 1 / x to within 2 and 1 units in the last place (PTX ISA, ex2.approx and rcp.approx).
 __device__ inline float exp2_approx(float x) {
     float y;
@@ -208,14 +224,21 @@ __device__ inline void send_word(unsigned char* shared, unsigned value, Arrivals
         : "memory");
 }
 
-/// Waits until the bytes of `phase`, counted from 0, have come; none may be two phases behind.
+/// Waits until the bytes of `phase`, counted from 0, have come; none may be two phases behind. A look takes up to 1 us;
+/// as wait_until, not without end.
 __device__ inline void wait_for_arrivals(Arrivals* arrivals, int phase, int) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain_%=:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra again_%=;\n}" ::"r"(
-            shared_address(arrivals)),
-        "r"(phase & 1)
-        : "memory");
+    for (int looks = 0;; ++looks) {
+        int done;
+        asm volatile(
+            "{\n.reg .pred done;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2, 1000;\n"
+            "selp.s32 %0, 1, 0, done;\n}"
+            : "=r"(done)
+            : "r"(shared_address(arrivals)), "r"(phase & 1)
+            : "memory");
+        if (done) return;
+        if (looks == longest_wait) __trap();
+    }
 }
 
 /// Bytes of shared memory that a block may have on the current device.
@@ -303,6 +326,10 @@ template <>
 struct Wide<double> {
     using type = double;
 };
+
+/// The compiler takes it for a new value each time, so that what is found from it is found again where it is needed,
+/// and does not stay in registers, which are for weights.
+__device__ inline int this_thread() { return found_anew(static_cast<int>(threadIdx.x)); }
 
 /// sigmoid and tanh to about 1e-7, in two operations of the special function unit each.
 __device__ inline float sigmoid_of(float x) { return reciprocal_approx(1.0f + exp2_approx(-1.44269504f * x)); }

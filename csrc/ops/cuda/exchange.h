@@ -26,10 +26,6 @@ struct Sharing {
     int* flags;            ///< of a grid: (groups, parts): steps that a part has sent
 };
 
-/// The compiler takes it for a new value each time, so that what is found from it is found again where it is needed,
-/// and does not stay in registers, which are for weights.
-__device__ inline int this_thread() { return found_anew(static_cast<int>(threadIdx.x)); }
-
 /// The values of a step, found by all parts together.
 template <bool Clusters>
 struct Exchange {
@@ -66,20 +62,22 @@ struct Exchange {
     /// else is waited for: whoever has them all knows that all warps of all parts have read those of the step before,
     /// as each sends what it found behind its last read, so that its buffer is free; and a warp that sends nothing
     /// meets the others of its block on the way.
-    __device__ void meet(int step) const {
+    __device__ void meet(int step) const { meet(step, sharing.sent, sharing.bytes); }
+    /// Where parts send less than the sharing says: `sent` bytes to each, all within the first `bytes` of the values.
+    __device__ void meet(int step, int sent, int bytes) const {
         if constexpr (Clusters) {
             const bool tells = this_thread() == 0;
             if (step == 0) {
                 for (int next = 0; tells && next < 2; ++next) {
                     begin_arrivals(arrivals(next));
-                    expect_arrivals(arrivals(next), sharing.sent);
+                    expect_arrivals(arrivals(next), sent);
                 }
                 cluster_sync();
                 return;
             }
-            wait_for_arrivals(arrivals(step), (step - 1) / 2, sharing.sent);
+            wait_for_arrivals(arrivals(step), (step - 1) / 2, sent);
             warp_sync();
-            if (tells) expect_arrivals(arrivals(step), sharing.sent);
+            if (tells) expect_arrivals(arrivals(step), sent);
         } else {
             block_sync();
             if (step == 0) return;
@@ -87,13 +85,12 @@ struct Exchange {
             if (thread < 32) {
                 int* const flags = sharing.flags + static_cast<std::size_t>(group()) * sharing.parts;
                 if (thread == 0) store_release(flags + part(), step);
-                for (int at = thread; at < sharing.parts; at += 32)
-                    while (load_acquire(flags + at) < step) pause();
+                for (int at = thread; at < sharing.parts; at += 32) wait_until(flags + at, step);
             }
             block_sync();
             const unsigned char* const from = space(step);
             unsigned char* const to = values(step);
-            for (int at = thread * 16; at < sharing.bytes; at += threads * 16) copy_16(to + at, from + at);
+            for (int at = thread * 16; at < bytes; at += threads * 16) copy_16(to + at, from + at);
             wait_for_copies();
             block_sync();
         }

@@ -14,7 +14,7 @@ namespace cuda {
 
 constexpr int most_passes = 4;  // of 8 rows each
 constexpr int arrays_at = 128;  // in shared memory, behind the lengths of the rows
-constexpr int header_bytes = 256;
+constexpr int header_bytes = 320;
 constexpr int block_bytes = 64;   // of a k-block in a row of values
 constexpr int slot_bytes = 2048;  // of the weights of a k-block for 32 rows of the product: 4 fragments
 
@@ -115,6 +115,8 @@ struct Tile {
     int rows;      // with those that do not exist, of length 0
     int* lengths;  // shared, (rows)
 
+    __device__ int existing() const { return min(rows, steps.batch - first); }
+    __device__ int passes() const { return (existing() + 7) / 8; }
     __device__ int token(int step) const { return steps.offsets ? steps.offsets[step] : step * steps.batch; }
     __device__ bool reset(int step, int row) const {
         return steps.reset[static_cast<std::int64_t>(step) * steps.batch + first + row] != 0;
@@ -266,20 +268,6 @@ __device__ inline void load_transposed(Fragments& weights, const WeightView& vie
                 weights[half][product][word] = found;
             }
 }
-
-__device__ inline float tanh_for(float x, __half) { return tanh_of(x); }
-__device__ inline float tanh_for(float x, __nv_bfloat16) { return tanh_approx(x); }
-
-/// Where the arrays of a sweep back begin, kept in shared memory: registers are for weights.
-template <class T>
-struct BackwardArrays {
-    const T* gates;
-    const T* cells;
-    const T* c;
-    const T* grad_outputs;  // null, as grad_cells
-    const T* grad_cells;
-    T* grad_sums;
-};
 
 inline bool is_half(DataType type) { return type == DataType::float16 || type == DataType::bfloat16; }
 

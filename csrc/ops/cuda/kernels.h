@@ -126,7 +126,7 @@ const char* tensor_backward(const Backward& call);
 struct ClusterForm {
     enum Exchange { any, cluster, grid };
     Exchange exchange = any;  ///< any: as is likely fastest
-    int parts = 0;            ///< blocks that share the weights; 0: as is likely fastest; 2, 4, 8 or 16 of a cluster
+    int parts = 0;            ///< blocks that share the weights; 0: as is likely fastest; 2 to 16 of a cluster
 };
 bool cluster_tensor_fits(const Forward& call, ClusterForm form = {});
 std::size_t cluster_tensor_progress_words(const Forward& call, ClusterForm form = {});
