@@ -179,11 +179,12 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     };
     for (int row = warp; row < rows && tile.first + row < batch; row += threads / 32) {
         const bool reset = starts_reset(row);
-        const T* const from = static_cast<const T*>(call.h) + state + static_cast<std::int64_t>(tile.first + row) * H;
+        const std::int64_t from = state + static_cast<std::int64_t>(tile.first + row) * H;
         unsigned char* const to = exchange.values(0) + row * spread.stride;
         for (int unit = lane; unit < H; unit += 32)
             write(to + chunk_of(unit / 8, row) * 16 + unit % 8 * 2,
-                  reset ? at_or_zero<T>(call.initial_h, course.direction * H + unit) : from[unit]);
+                  reset ? at_or_zero<T>(call.initial_h, course.direction * H + unit)
+                        : from_float<T>(carried_or<T>(call.from.h, call.h, from + unit)));
     }
     const auto cell_place = [&](const Work& work, int pass) {
         return memory + spread.state_at + ((pass * spread.pieces + work.piece) * 32 + work.lane) * 8;
@@ -194,14 +195,15 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             const int row = pass * 8 + 2 * all_along.q + e, n = tile.first + row, u = group * 8 + lane / 4;
             if (u >= H || n >= batch) continue;
             const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
-            T c_first = static_cast<const T*>(call.c)[state + place];
+            c[e] = carried_or<T>(call.from.c, call.c, state + place);
             if (tile.lengths[row] == 0) {
-                arrays.h_n[place] = static_cast<const T*>(call.h)[state + place];
-                arrays.c_n[place] = c_first;
+                const float h = carried_or<T>(call.from.h, call.h, state + place);
+                arrays.h_n[place] = from_float<T>(h);
+                arrays.c_n[place] = from_float<T>(c[e]);
+                carry(call.to, state + place, h, c[e]);
             } else if (starts_reset(row)) {
-                c_first = at_or_zero<T>(call.initial_c, course.direction * H + u);
+                c[e] = to_float(at_or_zero<T>(call.initial_c, course.direction * H + u));
             }
-            c[e] = to_float(c_first);
         }
         write(cell_place(all_along, pass), make_float2(c[0], c[1]));
     }
@@ -317,6 +319,8 @@ __device__ inline void sweep(const ForwardPlan& plan) {
                 const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
                 in_global(arrays.h_n)[place] = h_of[e];
                 in_global(arrays.c_n)[place] = from_float<T>(c_of[e]);
+                carry(call.to, static_cast<std::int64_t>(course.direction) * batch * H + place, to_float(h_of[e]),
+                      c_of[e]);
             }
         }
     };
@@ -459,8 +463,11 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             const int n = tile.first + row;
             if (unit >= H || n >= batch || tile.lengths[row] > 0) continue;
             const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
-            static_cast<T*>(call.grad_h)[where] = at_or_zero<T>(call.grad_h_n, where);
-            static_cast<T*>(call.grad_c)[where] = at_or_zero<T>(call.grad_c_n, where);
+            const float dh = carried_or<T>(call.from.h, call.grad_h_n, where);
+            const float dc = carried_or<T>(call.from.c, call.grad_c_n, where);
+            static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
+            static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
+            carry(call.to, where, dh, dc);
         }
     }
 
@@ -554,13 +561,14 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             if (there && length[e] > 0 && (backwards ? t == length[e] : step == course.steps)) {
                 static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
                 static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
+                carry(call.to, where, dh, dc);
             }
             if (step == course.steps) continue;
             T results[4];
             if (there && t < length[e]) {
                 if (backwards ? t == 0 : t == length[e] - 1) {
-                    dh = to_float(at_or_zero<T>(call.grad_h_n, where));
-                    dc = to_float(at_or_zero<T>(call.grad_c_n, where));
+                    dh = carried_or<T>(call.from.h, call.grad_h_n, where);
+                    dc = carried_or<T>(call.from.c, call.grad_c_n, where);
                 }
                 const float i = to_float(gate_of[place][0]), f = to_float(gate_of[place][1]);
                 const float g = to_float(gate_of[place][2]), o = to_float(gate_of[place][3]);
