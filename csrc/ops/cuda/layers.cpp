@@ -342,7 +342,7 @@ Gradients backward(const char* op, const Device& device, const Stack& stack, con
     const Pieces pieces(op, device, stack.batch, piece_steps(op, device, stack, kernel));
     const int count = pieces.count();
     // A layer's products for its weights are found while the next one runs, and in pieces all layers run side by side.
-    const bool beside = count > 1 || (stack.layers > 1 && kernel != Kernel::plain && products_pay(stack));
+    const bool beside = count > 1 || (stack.layers > 1 && kernel != Kernel::plain && products_pay(op, stack));
     const int apart = count > 1 ? stack.layers : beside ? 2 : 1;
     const Tensor all_grad_sums = ops::empty(x, {apart * stack.directions, tokens, gate_rows});
     const auto grad_sums_of = [&](int layer, int direction) {
@@ -432,7 +432,11 @@ Gradients backward(const char* op, const Device& device, const Stack& stack, con
         Maybe& grad_input = grad_inputs[of];
         if (!grad_input) grad_input = layer == 0 ? gradients.x : Maybe(ops::empty(x, {tokens, width}));
         void* const stream = streams.layer(layer);
-        streams.wait(stream, last ? streams.mark(streams.call()) : found[of + 1][std::size_t(count - 1 - piece)]);
+        const auto turn = static_cast<std::size_t>(count - 1 - piece);
+        if (!last)
+            streams.wait(stream, found[of + 1][turn]);
+        else if (turn == 0)
+            streams.wait(stream, streams.mark(streams.call()));
         sweep(layer, piece, stream);
         void* const swept = streams.mark(stream);
         if (beside && piece == 0 && !last) to_parameters(layer + 1);

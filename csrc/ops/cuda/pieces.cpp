@@ -66,7 +66,10 @@ int piece_steps(const char* op, const Device& device, const Stack& stack, Kernel
     return count < 2 ? steps : std::min(steps, std::max(shortest, (steps + count - 1) / count));
 }
 
-bool products_pay(const Stack& stack) { return time_of_products(stack) / stack.layers > 2 * time_of_piece; }
+bool products_pay(const char* op, const Stack& stack) {
+    if (const auto given = forced(op)) return *given > 0;
+    return time_of_products(stack) / stack.layers > 2 * time_of_piece;
+}
 
 Pieces::Pieces(const char* op, const Device& device, const Batch& batch, int length) : batch_(batch), length_(length) {
     if (count() < 2) return;

@@ -17,7 +17,7 @@ int piece_steps(const char* op, const Device& device, const Stack& stack, Kernel
 bool pieces_forced(const char* op);
 
 /// Whether products for weights are likely to be worth a stream of their own.
-bool products_pay(const Stack& stack);
+bool products_pay(const char* op, const Stack& stack);
 
 /// What kernels read of each piece, as if it was a batch of its own.
 class Pieces {
@@ -40,8 +40,8 @@ private:
 };
 
 /// The streams of a call. Torch's products stay on the call's own, which has the memory that they work in; a layer's
-/// recurrence is put to one beside it. All that they read or write is allocated before the first wait and lives until
-/// this ends, with which the call's stream waits for the others.
+/// recurrence is put to one beside it. What they share is allocated on the call's stream, and
+/// lives until that has waited for them, as it does when this ends.
 class Streams {
 public:
     /// Without `beside` all is put to the call's stream.

@@ -443,16 +443,18 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     block_sync();
     if (tells && thread == 0) store_release(flag_of(arrays.layer, arrays.direction), steps);
 
-    // The threads that updated a cell have it, and h beside it.
-    for (int pass = 0; call.to.h && pass < plan.passes; ++pass)
-        for (int group = warp; group < plan.groups; group += plan.warps)
-            for (int e = 0; e < 2; ++e) {
-                const int unit = group * 8 + lane / 4, row = pass * 8 + 2 * q + e, n = tile.first + row;
-                if (unit >= H || n >= call.steps.batch) continue;
-                const std::int64_t place = state + static_cast<std::int64_t>(n) * H + unit;
-                call.to.h[place] = to_float(*h_place(steps & 1, row, unit));
-                call.to.c[place] = cell_place(pass, group, lane)[e];
-            }
+    // The cells and h are where the last step left them.
+    if (call.to.h) {
+        const int again = found_anew(thread), lane = again % 32, q = lane % 4;
+        for (int pass = 0; pass < plan.passes; ++pass)
+            for (int group = again / 32; group < plan.groups; group += plan.warps)
+                for (int e = 0; e < 2; ++e) {
+                    const int unit = group * 8 + lane / 4, row = pass * 8 + 2 * q + e, n = tile.first + row;
+                    if (unit >= H || n >= call.steps.batch) continue;
+                    carry(call.to, (static_cast<std::int64_t>(arrays.stage) * call.steps.batch + n) * H + unit,
+                          to_float(*h_place(steps & 1, row, unit)), cell_place(pass, group, lane)[e]);
+                }
+    }
     if (zeros_past) {
         clear_past(arrays.y, tile, steps, H, width);
         clear_past(arrays.gates, tile, steps, 4 * H, 4 * H);
@@ -755,15 +757,18 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         token_next = token_later;
         token_later = token_last;
     }
-    for (int pass = 0; call.to.h && pass < plan.passes; ++pass)
-        for (int at = warp; at < plan.unit_tiles; at += plan.warps)
-            for (int place = 0; place < 4; ++place) {
-                const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
-                const int n = tile.first + row;
-                if (unit >= H || n >= call.steps.batch || tile.lengths[row] == 0) continue;
-                const float2 found = read<float2>(result_place(steps, row, unit));
-                carry(call.to, state + static_cast<std::int64_t>(n) * H + unit, found.x, found.y);
-            }
+    if (call.to.h) {
+        const int again = found_anew(thread), lane = again % 32, q = lane % 4;
+        for (int pass = 0; pass < plan.passes; ++pass)
+            for (int at = again / 32; at < plan.unit_tiles; at += plan.warps)
+                for (int place = 0; place < 4; ++place) {
+                    const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
+                    const int n = tile.first + row;
+                    if (unit >= H || n >= call.steps.batch || tile.lengths[row] == 0) continue;
+                    const float2 found = read<float2>(result_place(steps, row, unit));
+                    carry(call.to, state + static_cast<std::int64_t>(n) * H + unit, found.x, found.y);
+                }
+    }
     if (zeros_past) clear_past(arrays.grad_sums, tile, steps, 4 * H, 4 * H);
 }
 
