@@ -78,7 +78,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         float* const to = reinterpret_cast<float*>(exchange.values(0)) + row / Rows * spread.panel_values + row % Rows;
         for (int unit = static_cast<int>(threadIdx.x); unit < H; unit += static_cast<int>(blockDim.x))
             to[unit * Rows] =
-                reset ? initial(call.initial_h, unit) : decode(load(call.h, type, state_place(row, unit)), type);
+                reset ? initial(call.initial_h, unit) : state_or(call.from.h, call.h, type, state_place(row, unit));
     }
 
     // Found again where it is needed: registers are for weights.
@@ -92,10 +92,12 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     float c = 0.0f;
     if (const auto item = my_item(); item.exists && item.quad < H && course.first_row + item.row < batch) {
         const std::int64_t place = state_place(item.row, item.quad);
-        c = decode(load(call.c, type, place), type);
+        c = state_or(call.from.c, call.c, type, place);
         if (lengths[item.row] == 0) {
-            store(call.h_n, type, place, decode(load(call.h, type, place), type));
+            const float h = state_or(call.from.h, call.h, type, place);
+            store(call.h_n, type, place, h);
             store(call.c_n, type, place, c);
+            carry(call.to, place, h, c);
         } else if (starts_reset(item.row)) {
             c = initial(call.initial_c, item.quad);
         }
@@ -166,8 +168,10 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             }
             if (call.cells) store(call.cells, type, of_stage * H + item.quad, c_behind);
             if (t == (course.falling ? 0 : length - 1)) {
-                store(call.h_n, type, state_place(item.row, item.quad), h);
-                store(call.c_n, type, state_place(item.row, item.quad), c_behind);
+                const std::int64_t place = state_place(item.row, item.quad);
+                store(call.h_n, type, place, h);
+                store(call.c_n, type, place, c_behind);
+                carry(call.to, place, h, c_behind);
             }
         }
         base = next_base;

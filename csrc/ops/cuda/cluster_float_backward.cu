@@ -147,8 +147,8 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
     const auto state = [&] {
         return (static_cast<std::int64_t>(direction) * call.steps.batch + item().n) * hidden + item().unit;
     };
-    float grad_h = exists() && call.grad_h_n ? decode(load(call.grad_h_n, type, state()), type) : 0.0f;
-    float grad_c = exists() && call.grad_c_n ? decode(load(call.grad_c_n, type, state()), type) : 0.0f;
+    float grad_h = exists() ? state_or(call.from.h, call.grad_h_n, type, state()) : 0.0f;
+    float grad_c = exists() ? state_or(call.from.c, call.grad_c_n, type, state()) : 0.0f;
 
     // Of the step to come; `before` is the cell the step began with, unless it was reset.
     struct Saved {
@@ -252,6 +252,7 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
     if (exists()) {
         store(call.grad_h, type, state(), grad_h);
         store(call.grad_c, type, state(), grad_c);
+        carry(call.to, state(), grad_h, grad_c);
     }
     for (int gate = 0; gate < 4 && first_unit < hidden; ++gate)
         clear_past_lengths(behind(call.grad_sums, type, (stage_tokens * 4 + gate) * hidden + first_unit), type, sweep,

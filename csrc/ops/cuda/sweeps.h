@@ -95,8 +95,9 @@ template <class T>
 __device__ inline T first_h(const Forward& call, const Tile& tile, const Course& course, int row, int unit) {
     const int H = call.hidden_size;
     if (begins_reset(tile, course, row)) return at_or_zero<T>(call.initial_h, course.stage * H + unit);
-    return static_cast<const T*>(
-        call.h)[(static_cast<std::int64_t>(course.stage) * call.steps.batch + tile.first + row) * H + unit];
+    return from_float<T>(
+        carried_or<T>(call.from.h, call.h,
+                      (static_cast<std::int64_t>(course.stage) * call.steps.batch + tile.first + row) * H + unit));
 }
 
 /// The cell that a unit begins with. A row without a step ends where it began.
@@ -107,12 +108,15 @@ __device__ inline float first_cell(const Forward& call, const ForwardArrays<T>& 
     if (unit >= H || n >= call.steps.batch) return 0.0f;
     if (begins_reset(tile, course, row)) return to_float(at_or_zero<T>(call.initial_c, course.stage * H + unit));
     const std::int64_t place = static_cast<std::int64_t>(n) * H + unit;
-    const T c = static_cast<const T*>(call.c)[static_cast<std::int64_t>(course.stage) * call.steps.batch * H + place];
+    const std::int64_t of_all = static_cast<std::int64_t>(course.stage) * call.steps.batch * H + place;
+    const float c = carried_or<T>(call.from.c, call.c, of_all);
     if (tile.lengths[row] == 0) {
-        arrays.h_n[place] = first_h<T>(call, tile, course, row, unit);
-        arrays.c_n[place] = c;
+        const T h = first_h<T>(call, tile, course, row, unit);
+        arrays.h_n[place] = h;
+        arrays.c_n[place] = from_float<T>(c);
+        carry(call.to, of_all, to_float(h), c);
     }
-    return to_float(c);
+    return c;
 }
 
 /// The gate sums that were given of a unit and two rows, zeros where there are none: [row][gate].
@@ -173,6 +177,7 @@ __device__ inline void store_unit(const Forward& call, const ForwardArrays<T>& a
         const std::int64_t place = static_cast<std::int64_t>(n) * H + unit;
         in_global(arrays.h_n)[place] = h;
         in_global(arrays.c_n)[place] = from_float<T>(c);
+        carry(call.to, static_cast<std::int64_t>(course.stage) * call.steps.batch * H + place, to_float(h), c);
     }
 }
 
@@ -213,8 +218,11 @@ __device__ inline void pass_through(const Backward& call, const Tile& tile, cons
         if (unit >= call.hidden_size || n >= call.steps.batch || tile.lengths[row] > 0) continue;
         const std::int64_t where =
             (static_cast<std::int64_t>(course.stage) * call.steps.batch + n) * call.hidden_size + unit;
-        static_cast<T*>(call.grad_h)[where] = at_or_zero<T>(call.grad_h_n, where);
-        static_cast<T*>(call.grad_c)[where] = at_or_zero<T>(call.grad_c_n, where);
+        const float dh = carried_or<T>(call.from.h, call.grad_h_n, where);
+        const float dc = carried_or<T>(call.from.c, call.grad_c_n, where);
+        static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
+        static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
+        carry(call.to, where, dh, dc);
     }
 }
 
@@ -279,13 +287,14 @@ __device__ inline void step_back(const float (&dh_of)[4], float (&dc_of)[4], con
         if (there && length[e] > 0 && (course.falling ? step == course.steps : t == length[e])) {
             static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
             static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
+            carry(call.to, where, dh, dc);
         }
         if (step == course.steps) continue;
         T results[4];
         if (there && t < length[e]) {
             if (t == (course.falling ? length[e] - 1 : 0)) {
-                dh = to_float(at_or_zero<T>(call.grad_h_n, where));
-                dc = to_float(at_or_zero<T>(call.grad_c_n, where));
+                dh = carried_or<T>(call.from.h, call.grad_h_n, where);
+                dc = carried_or<T>(call.from.c, call.grad_c_n, where);
             }
             const float i = to_float(left.gates[place][0]), f = to_float(left.gates[place][1]);
             const float g = to_float(left.gates[place][2]), o = to_float(left.gates[place][3]);
