@@ -312,14 +312,15 @@ bool lay(int hidden, std::size_t limit, Spread* spread) {
     return true;
 }
 
-/// Cycles of a step, roughly: what decides between spreads that fit. Products of a warp scheduler run beside what
-/// shared memory moves, 128 bytes a cycle; the rest follows one behind the other.
+/// Cycles of a step, roughly: what decides between spreads that fit. Products of a warp scheduler, which two warps keep
+/// busy, run beside what shared memory moves, 128 bytes a cycle, though not without standing in its way; the rest
+/// follows one behind the other.
 std::int64_t cycles_of(const Spread& spread) {
     const int warps = spread.threads / 32;
-    const int products = up(warps, 4) * spread.columns * 4 * spread.rows;
+    const int products = (warps > 4 ? up(warps, 4) : 2) * spread.columns * 4 * spread.rows;
     const int moved = warps * (spread.columns * spread.rows * lanes / 32 + (spread.columns - spread.held) * 4);
-    return spread.panels * (products > moved ? products : moved) + spread.sent / (spread.grid ? 48 : 32) +
-           (spread.grid ? 2000 : 500) + 300;
+    const int product = products > moved ? products + moved / 8 : moved + products / 8;
+    return spread.panels * product + spread.sent / (spread.grid ? 48 : 32) + (spread.grid ? 2000 : 500) + 300;
 }
 
 bool plan_of(const Backward& call, const ClusterForm& form, BackwardPlan* plan) {
