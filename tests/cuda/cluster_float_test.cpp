@@ -70,16 +70,28 @@ Forward call_of(int H, int N, int D) {
 
 /// Which sizes each form takes, on a device of 132 multiprocessors.
 void sizes() {
-    for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid})
-        for (const int batch : {1, 16}) {
-            int most = 0;
-            for (int H = 1; H <= 2048; ++H)
-                if (cluster_float_fits(call_of(H, batch, 1), {exchange, 0})) {
-                    if (most + 1 != H) std::printf("%d fits, %d does not\n", H, H - 1);
-                    most = H;
-                }
-            std::printf("%s, %d rows: H to %d\n", exchange == ClusterForm::cluster ? "cluster" : "grid", batch, most);
-        }
+    const auto fits = [](int H, int batch, ClusterForm form, bool back) {
+        const Forward call = call_of(H, batch, 1);
+        Backward sweep = {};
+        sweep.type = call.type;
+        sweep.steps = call.steps;
+        sweep.hidden_size = H;
+        sweep.directions = 1;
+        sweep.multiprocessors = 132;
+        return back ? cluster_float_fits(sweep, form) : cluster_float_fits(call, form);
+    };
+    for (const bool back : {false, true})
+        for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid})
+            for (const int batch : {1, 16}) {
+                int most = 0;
+                for (int H = 1; H <= 2048; ++H)
+                    if (fits(H, batch, {exchange, 0}, back)) {
+                        if (most + 1 != H) std::printf("%d fits, %d does not\n", H, H - 1);
+                        most = H;
+                    }
+                std::printf("%s %s, %d rows: H to %d\n", back ? "backward" : "forward",
+                            exchange == ClusterForm::cluster ? "cluster" : "grid", batch, most);
+            }
     Forward without_sums = call_of(64, 16, 1), doubles = call_of(64, 16, 1);
     without_sums.sums = nullptr;
     doubles.type = DataType::float64;
@@ -98,6 +110,8 @@ int main(int count, char** arguments) {
             ways(5 + parts * 6, 1 + parts * 3 % 11, 5, seed++, {ClusterForm::cluster, parts});
         // One row of lanes that send less than 16 bytes.
         for (const int H : {3, 100, 256}) ways(H, 1, 4, seed++, {ClusterForm::cluster, 16});
+        // More rows than clusters find room for at once.
+        for (const int N : {14, 28, 50}) ways(70, N, 2, seed++, {ClusterForm::cluster, 16}, 132, 1);
         ways(528, 2, 2, seed++, {ClusterForm::cluster, 16}, 132, 1);
     }
     if (what == "grid") {
@@ -106,6 +120,12 @@ int main(int count, char** arguments) {
         // Launches one behind the other, as few blocks may run at once; sizes of a long row.
         ways(60, 20, 4, seed++, {ClusterForm::grid, 3}, 7);
         ways(60, 20, 4, seed++, {ClusterForm::grid, 4}, 4);
+        // One tile of rows, in panels of every size, with few and many weights in registers and beside them.
+        for (const int N : {1, 2, 4, 13}) {
+            ways(100, N, 2, seed++, {ClusterForm::grid, 3}, 3, 1);
+            ways(190, N, 2, seed++, {ClusterForm::grid, 3}, 3, 1);
+            ways(190, N, 2, seed++, {ClusterForm::grid, 2}, 2, 1);
+        }
         ways(521, 2, 2, seed++, {ClusterForm::grid, 33}, 132, 1);
     }
     if (what == "chosen") {
