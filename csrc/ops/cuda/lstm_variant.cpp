@@ -37,7 +37,6 @@ void forward(const char* op, const Tensor& x, const Tensor& h, const Tensor& c, 
     step.bias_ih = values<T>(extras.bias_ih);
     step.bias_hh = values<T>(extras.bias_hh);
     step.peephole = values<T>(extras.weight_peephole);
-    step.norm_ih = values<T>(extras.norm_ih);
     step.norm_hh = values<T>(extras.norm_hh);
     step.norm_c = values<T>(extras.norm_c);
     step.norm_c_bias = values<T>(extras.norm_c_bias);
@@ -58,7 +57,10 @@ void forward(const char* op, const Tensor& x, const Tensor& h, const Tensor& c, 
         reset_step = extras.reset->stride(0);
         step.reset_row = extras.reset->stride(1);
     }
-    run_variant<T>(op, {step, steps, false, sums, weight_hh, extras.weight_hr, h_in, m, reset, reset_step}, stream);
+    run_variant<T>(
+        op,
+        {step, steps, false, sums, values<T>(extras.norm_ih), weight_hh, extras.weight_hr, h_in, m, reset, reset_step},
+        stream);
 }
 
 }  // namespace
@@ -68,6 +70,10 @@ void run_variant(const char* op, VariantRun<T> run, void* stream) {
     VariantStep<T>& step = run.step;
     if (step.batch == 0) return;
     const std::int64_t columns = run.weight_hh.size(0);
+    if (run.norm_ih)
+        check_launch(op, variant_inputs<T>({run.steps * step.batch, step.hidden_size, step.coupled, step.expanded,
+                                            run.norm_ih, mutable_data<T>(run.input_sums)},
+                                           stream));
     const Tensor hidden_sums = empty(run.h_in, {step.batch, columns});
     const Tensor turned_hh = turned(run.weight_hh);
     const bool projects = run.weight_hr.has_value();

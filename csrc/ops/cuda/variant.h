@@ -13,7 +13,8 @@ struct VariantRun {
     VariantStep<T> step;  ///< what every step has, and of y, cells and keep_* the first
     std::int64_t steps;
     bool reverse;                ///< from the last step to the first
-    Tensor input_sums;           ///< (T N, G H): W_ih x
+    Tensor input_sums;           ///< (T N, G H): W_ih x; normalised in place
+    const T* norm_ih;            ///< (G H), or null
     Tensor weight_hh;            ///< (G H, R)
     Maybe weight_hr;             ///< (R, H)
     Tensor h_in;                 ///< (N, R), scratch as the next two
