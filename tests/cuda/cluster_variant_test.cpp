@@ -90,8 +90,8 @@ struct Values : std::vector<float> {
 struct Problem {
     Case c;
     int gates, wide_gates, row_stride, y_row, cells_row;
-    Values h, c_0, inputs, weight_hh, bias_ih, bias_hh, peepholes, norm_ih, norm_hh, norm_c, norm_c_bias, masks_h, masks_g,
-        keep_h, keep_c, initial_h, initial_c;
+    Values h, c_0, inputs, weight_hh, bias_ih, bias_hh, peepholes, norm_ih, norm_hh, norm_c, norm_c_bias, masks_h,
+        masks_g, keep_h, keep_c, initial_h, initial_c;
     std::vector<unsigned char> flags;
     std::vector<std::int64_t> length;
 
@@ -210,8 +210,7 @@ Answer by_formula(Problem& p) {
             for (int u = 0; u < c.H; ++u) {
                 const double before = state[static_cast<std::size_t>(u)];
                 const double i = activate(c.gate, sum_of(0, u) + peep(0, u) * before);
-                const double f =
-                    c.has(coupled) ? 1 - i : activate(c.gate, sum_of(1, u) + peep(1, u) * before);
+                const double f = c.has(coupled) ? 1 - i : activate(c.gate, sum_of(1, u) + peep(1, u) * before);
                 double g = activate(c.candidate, sum_of(2, u));
                 if (c.has(mask_g)) g *= p.masks_g.at(row * c.H + u);
                 const double value = f * before + i * g;
@@ -362,7 +361,7 @@ void compare(const Case& c, const char* what, Values& found, Values& expected, b
 void check(const Case& c, unsigned seed) {
     Problem p(c, seed);
     Answer found = by_kernels(p, false), formula = by_formula(p), steps = by_kernels(p, true);
-    const auto both = [&](const char* what, Values Answer::*values) {
+    const auto both = [&](const char* what, Values Answer::* values) {
         compare(c, what, found.*values, formula.*values, true);
         compare(c, what, found.*values, steps.*values, false);
     };
@@ -374,3 +373,30 @@ void check(const Case& c, unsigned seed) {
 }
 
 }  // namespace
+
+int main(int count, char** arguments) {
+    const std::string what = count > 1 ? arguments[1] : "few";
+    unsigned seed = 1;
+    const auto one = [&](int H, int N, int T, unsigned options, ClusterForm form, int multiprocessors = 132,
+                         bool usual = false) {
+        std::mt19937 random(seed);
+        const auto any = [&] { return static_cast<int>(random() % 7); };
+        const Case c{H, N, T, options, usual ? 2 : any(), usual ? 3 : any(), usual ? 3 : any(), form, multiprocessors};
+        check(c, seed++);
+    };
+    const auto each_form = [&](const auto& visit) {
+        for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid})
+            for (int parts = 1; parts <= 3; ++parts) visit(ClusterForm{exchange, parts});
+    };
+    if (what == "alone")  // each option, with what it hangs on
+        each_form([&](ClusterForm form) {
+            one(13, 3, 4, 0, form, 132, true);
+            for (unsigned option = 1; option < all_options; option *= 2)
+                one(13, 3, 4,
+                    option | (option == expanded  ? coupled | peephole | norm
+                              : option == initial ? reset
+                                                  : 0u),
+                    form, 132, true);
+        });
+    std::printf("%d cases, digest %016llx\n", cases, static_cast<unsigned long long>(digest));
+}

@@ -21,11 +21,13 @@ namespace cuda {
 /// What is to be spread over parts.
 struct Product {
     int quads;
-    int units;     ///< of a quad: 1 or 4
-    int columns;   ///< a multiple of 4 values of `quads`, where zeros may follow the ones that exist
-    int values;    ///< columns that a unit finds for the next step
-    int own;       ///< bytes of a quad that the kernel keeps in shared memory for itself, a multiple of 16
-    int own_rows;  ///< the same for each row
+    int units;      ///< of a quad: 1 or 4
+    int columns;    ///< a multiple of 4 values of `quads`, where zeros may follow the ones that exist
+    int values;     ///< columns that a unit finds for the next step
+    int own;        ///< bytes of a quad that the kernel keeps in shared memory for itself, a multiple of 16
+    int own_rows;   ///< the same for each row
+    int apart = 0;  ///< the same for a part, and for each row what each part tells the others beside its values
+    int told = 0;
 };
 
 constexpr int most_rows = 16;  ///< of a tile
@@ -47,8 +49,9 @@ struct FloatSpread : Sharing {
     int sums_at;       ///< places in shared memory, in bytes: of each warp [panel][quad][row] its sums
     int own_at;
     int own_rows_at;
-    int rest_at;  ///< weights that are not in registers
-    int shared;   ///< bytes
+    int apart_at;  ///< behind it what is told
+    int rest_at;   ///< weights that are not in registers
+    int shared;    ///< bytes
 };
 
 /// In shared memory come first the lengths of a tile's rows, then the arrivals.
@@ -165,7 +168,9 @@ inline bool lay(const Product& product, std::size_t limit, FloatSpread* spread) 
     spread->own_rows_at = spread->own_at + spread->quads * product.own;
     spread->sums_at = spread->own_rows_at + spread->quads * rows * product.own_rows;
     spread->values_at = spread->sums_at + spread->quads * rows * 16;
-    spread->rest_at = spread->values_at + (spread->grid ? 1 : 2) * spread->bytes;
+    spread->apart_at = spread->values_at + (spread->grid ? 1 : 2) * spread->bytes;
+    spread->rest_at = spread->apart_at + product.apart +
+                      (spread->grid ? 1 : 2) * ((spread->busy * rows * product.told + 15) / 16 * 16);
     const std::int64_t shared = spread->rest_at + std::int64_t(spread->share - spread->held) * spread->threads * 16;
     spread->shared = static_cast<int>(shared);
     return shared <= static_cast<std::int64_t>(limit);
