@@ -12,7 +12,7 @@ namespace cuda {
 
 namespace {
 
-constexpr const char* names[] = {"plain", "rows", "block", "tensor", "cluster"};
+constexpr const char* names[] = {"plain", "rows", "block", "tensor", "cluster", "cluster_float"};
 
 bool is_narrow(DataType type) { return value_bytes(type) == 2; }
 
@@ -68,6 +68,9 @@ bool fits(Kernel kernel, const Call& call) {
             return tensor_fits(call);
         case Kernel::cluster:
             return cluster_tensor_fits(call);
+        case Kernel::cluster_float:
+            if constexpr (std::is_same_v<Call, Forward>) return cluster_float_fits(call);
+            return false;
         default:
             return true;
     }
@@ -83,9 +86,10 @@ Kernel first_of(const Rules& rules, const Call& call) {
 std::optional<Kernel> forced(const char* op) {
     const char* text = std::getenv("CELLSTEP_CUDA_KERNEL");
     if (!text || !*text) return std::nullopt;
-    for (int kernel = 0; kernel < 5; ++kernel)
+    for (int kernel = 0; kernel < 6; ++kernel)
         if (std::string(text) == names[kernel]) return static_cast<Kernel>(kernel);
-    ops::fail(op, ": expected CELLSTEP_CUDA_KERNEL as plain, rows, block, tensor or cluster, got ", text, ": unset it");
+    ops::fail(op, ": expected CELLSTEP_CUDA_KERNEL as plain, rows, block, tensor, cluster or cluster_float, got ", text,
+              ": unset it");
 }
 
 [[noreturn]] void refuse(const char* op, Kernel kernel, int hidden_size) {
@@ -109,7 +113,7 @@ Choice choose(const char* op, const Forward* whole, const Forward& layer) {
 
 Kernel choose(const char* op, const Backward& call) {
     const auto kernel = forced(op);
-    if (!kernel || *kernel == Kernel::rows) return first_of(backward_rules, call);
+    if (!kernel || *kernel == Kernel::rows || *kernel == Kernel::cluster_float) return first_of(backward_rules, call);
     if (!fits(*kernel, call)) refuse(op, *kernel, call.hidden_size);
     return *kernel;
 }
@@ -122,6 +126,8 @@ const char* start(Kernel kernel, const Forward& call) {
             return block_forward(call);
         case Kernel::cluster:
             return cluster_tensor_forward(call);
+        case Kernel::cluster_float:
+            return cluster_float_forward(call);
         default:
             return tensor_forward(call);
     }
@@ -141,6 +147,8 @@ std::size_t progress_words(Kernel kernel, const Forward& call) {
             return tensor_progress_words(call);
         case Kernel::cluster:
             return cluster_tensor_progress_words(call);
+        case Kernel::cluster_float:
+            return cluster_float_progress_words(call);
         default:
             return 0;
     }

@@ -1,5 +1,5 @@
-/// The one place that says which kernel does a call. CELLSTEP_CUDA_KERNEL=plain, rows, block, tensor or cluster
-/// in the environment forces one, for tests.
+/// The one place that says which kernel does a call. CELLSTEP_CUDA_KERNEL=plain, rows, block, tensor, cluster
+/// or cluster_float in the environment forces one, for tests.
 #pragma once
 
 #include "kernels.h"
@@ -7,7 +7,7 @@
 namespace cellstep {
 namespace cuda {
 
-enum class Kernel { plain, rows, block, tensor, cluster };
+enum class Kernel { plain, rows, block, tensor, cluster, cluster_float };
 
 struct Choice {
     Kernel kernel;
@@ -18,7 +18,8 @@ struct Choice {
 /// given. Throws where the kernel that is forced can do neither.
 Choice choose(const char* op, const Forward* whole, const Forward& layer);
 
-/// `rows` has no way back: forced, it leaves this choice free.
+/// `rows` and `cluster_float` have no way back: forced, they leave this choice
+/// free.
 Kernel choose(const char* op, const Backward& call);
 
 /// Starts a kernel that fits; not the plain one, which is no single launch.

@@ -54,13 +54,22 @@ struct FloatSpread : Sharing {
     int shared;    ///< bytes
 };
 
-/// In shared memory come first the lengths of a tile's rows, then the arrivals.
-constexpr int float_header_bytes = most_rows * 4 + 16;
+/// What all threads of a part know, in shared memory, as registers are for weights.
+struct FloatCourse {
+    int bound;  ///< as of Sweep, like the next two
+    int first_row;
+    bool falling;
+    int direction;
+    int first_quad;  ///< of the part
+};
+
+/// In shared memory come first the lengths of a tile's rows, then the arrivals, then this.
+constexpr int float_course_at = most_rows * 4 + 16;
+constexpr int float_header_bytes = float_course_at + 32;
+static_assert(sizeof(FloatCourse) <= 32, "the header has room");
 
 /// The most threads of a block whose lanes hold so many columns: they have as many registers as that leaves.
-__host__ __device__ constexpr int threads_that_hold(int held) {
-    return held > 36 ? 256 : held > 28 ? 320 : held > 16 ? 384 : 512;
-}
+__host__ __device__ constexpr int threads_that_hold(int held) { return held > 28 ? 256 : held > 16 ? 384 : 512; }
 
 /// Calls with the numbers of a spread that a kernel must know when it is compiled, as std::integral_constant.
 template <class Function>
@@ -72,7 +81,6 @@ auto with_held_and_rows(const FloatSpread& spread, const Function& function) {
     };
     if (spread.held == 16) return with_rows(std::integral_constant<int, 16>());
     if (spread.held == 28) return with_rows(std::integral_constant<int, 28>());
-    if (spread.held == 36) return with_rows(std::integral_constant<int, 36>());
     return with_rows(std::integral_constant<int, 48>());
 }
 
@@ -140,6 +148,48 @@ __device__ inline void find_sums(const HeldWeights<0, Held, Rows>& weights, cons
             to[again.column / twins] = sums[0];
         }
     }
+}
+
+/// An item of a product with one unit a quad: those of a warp lie as its sums do.
+template <int Rows>
+struct UnitItem {
+    bool exists;
+    int quad;   ///< of all
+    int row;    ///< of the tile
+    int value;  ///< which of the values of a step it has
+
+    __device__ UnitItem(const FloatSpread& spread, int part, int item, int thread) {
+        constexpr int row_bits = Rows / 2;
+        const int bits = 5 - spread.lane_bits, panel = item >> (bits + row_bits);
+        const int inside = item & ((Rows << bits) - 1);  // of the warp's values in the panel
+        const int first = part * spread.quads + (thread / 32 << bits);
+        exists = item < spread.items;
+        quad = first + (inside >> row_bits);
+        row = panel * Rows + inside % Rows;
+        value = panel * spread.panel_values + first * Rows + inside;
+    }
+};
+
+/// Sends the value that each item of a warp, one a lane, has found for step `step`; all lanes take part. `quads`: of
+/// the product.
+template <int Rows, bool Clusters>
+__device__ inline void send_values(const Exchange<Clusters>& exchange, const FloatSpread& spread, int step, int quads,
+                                   float value) {
+    const int thread = this_thread(), lane = thread % 32, bits = spread.piece_bits;
+    const int first = (lane & ((1 << bits) - 1)) * spread.piece;  // item of this lane's piece
+    std::uint32_t mine, words[4];
+    memcpy(&mine, &value, 4);
+#pragma unroll
+    for (int at = 0; at < 4; ++at) words[at] = shuffle(mine, (first + at) % 32);
+    const UnitItem<Rows> item(spread, exchange.part(), first, thread);
+    if (!item.exists || item.quad >= quads) return;
+    const int place = item.value * 4, rank = lane >> bits, apart = 32 >> bits;
+    if (spread.piece == 4)
+        exchange.send(step, place, make_uint4(words[0], words[1], words[2], words[3]), rank, apart);
+    else if (spread.piece == 2)
+        exchange.send(step, place, make_uint2(words[0], words[1]), rank, apart);
+    else
+        exchange.send(step, place, words[0], rank, apart);
 }
 
 /// Lays the product over parts: grid, parts, lane_bits, held, rows and panels are set. False if it does not fit.
@@ -233,7 +283,7 @@ bool choose_spread(const Product& product, int directions, int batch, int multip
             const int share = (product.columns + (1 << lane_bits) - 1) >> lane_bits;
             // The fewest columns in registers that are all of them, or the most that go.
             FloatSpread spread = {};
-            for (const int held : {16, 28, 36, 48})
+            for (const int held : {16, 28, 48})
                 if (threads <= threads_that_hold(held) && (spread.held == 0 || spread.held < share)) spread.held = held;
             if (spread.held == 0) continue;
             spread.grid = grid;

@@ -301,6 +301,22 @@ struct GateColumns {
     }
 };
 
+/// Column k of weight_hh for the four gates of a unit, of any type: a kernel that has many forms is less code so.
+struct AnyGateColumns {
+    const WeightView& view;
+    DataType type;
+    int unit, hidden_size;
+
+    __device__ float4 operator()(int k) const {
+        const std::int64_t at = unit / 16 * view.panel + unit % 16 * view.unit + k * view.column;
+        const bool exists = unit < hidden_size && k < hidden_size;
+        const auto weight = [&](int gate) {
+            return exists ? decode(load(view.data, type, at + gate * view.gate), type) : 0.0f;
+        };
+        return make_float4(weight(0), weight(2), weight(1), weight(3));
+    }
+};
+
 /// Column k of the transposed weight_hh: gate sum k's weights for four units.
 template <class T>
 struct UnitColumns {
