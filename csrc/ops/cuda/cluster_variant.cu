@@ -43,30 +43,13 @@ constexpr int told_bytes = 8;  // of a row, by each part
 
 Product product_of(const VariantStep<float>& s) {
     const int H = static_cast<int>(s.hidden_size);
-    Product product{
-        H, 1, (H + 3) / 4 * 4, 1, (sizeof(UnitWeights<float>) + 15) / 16 * 16, (sizeof(Item) + 15) / 16 * 16};
+    Product product{H, 1, H, 1, (sizeof(UnitWeights<float>) + 15) / 16 * 16, (sizeof(Item) + 15) / 16 * 16};
     if (s.norm_hh) {
         product.apart = sizeof(Normals);
         product.told = told_bytes;
     }
     return product;
 }
-
-/// What a thread's item is.
-struct Work {
-    int lane;
-    int warp;
-    int quad;   ///< of the part
-    int row;    ///< of the tile
-    int index;  ///< of the part's items
-
-    __device__ Work(const FloatSpread& spread, int thread)
-        : lane(thread % 32),
-          warp(thread / 32),
-          quad((warp << (5 - spread.lane_bits)) + lane / spread.rows % (32 >> spread.lane_bits)),
-          row((lane / spread.rows >> (5 - spread.lane_bits)) * spread.rows + lane % spread.rows),
-          index(warp * spread.items + lane) {}
-};
 
 /// Where the item of a unit and a row is among those of the part.
 __device__ inline int item_at(const FloatSpread& spread, int quad, int row) {
@@ -93,22 +76,23 @@ __device__ inline void normalise(const VariantPlan& plan, unsigned char* memory,
     const int thread = this_thread(), lane = thread % 32, warp = thread / 32;
     const int warps = static_cast<int>(blockDim.x) / 32;
     const auto units_of = [&](int part) { return min(spread.quads, H - part * spread.quads); };
-    const auto value_at = [&](int quad, int row, int which) {
+    const auto value_at = [&](int at, int row) {
+        const int quad = at / each, which = at - quad * each;
         return sums[item_at(spread, quad, row) * 4 + (each == 3 && which == 2 ? 3 : which)];
     };
-    // Sums lie as i, g, f, o.
     const int units = units_of(exchange.part());
     block_sync();
+#pragma unroll 1
     for (int row = warp; row < rows && units > 0; row += warps) {
         float sum = 0.0f, squares = 0.0f;
-        for (int quad = lane; quad < units; quad += 32)
-            for (int which = 0; which < each; ++which) sum += value_at(quad, row, which);
+#pragma unroll 1
+        for (int at = lane; at < units * each; at += 32) sum += value_at(at, row);
         const float mean = over_lanes(sum) / static_cast<float>(units * each);
-        for (int quad = lane; quad < units; quad += 32)
-            for (int which = 0; which < each; ++which) {
-                const float apart = value_at(quad, row, which) - mean;
-                squares += apart * apart;
-            }
+#pragma unroll 1
+        for (int at = lane; at < units * each; at += 32) {
+            const float apart = value_at(at, row) - mean;
+            squares += apart * apart;
+        }
         squares = over_lanes(squares);
         uint2 told;
         memcpy(&told.x, &mean, 4);
@@ -116,14 +100,17 @@ __device__ inline void normalise(const VariantPlan& plan, unsigned char* memory,
         exchange.send(meeting, (exchange.part() * rows + row) * told_bytes, told, lane, 32);
     }
     exchange.meet(meeting);
+#pragma unroll 1
     for (int row = warp; row < rows; row += warps) {
         const auto told = [&](int part) {
             return reinterpret_cast<const float2*>(exchange.values(meeting))[part * rows + row];
         };
         float sum = 0.0f, squares = 0.0f;
+#pragma unroll 1
         for (int part = lane; part < spread.busy; part += 32)
             sum += static_cast<float>(units_of(part) * each) * told(part).x;
         const float count = static_cast<float>(H * each), mean = over_lanes(sum) / count;
+#pragma unroll 1
         for (int part = lane; part < spread.busy; part += 32) {
             const float apart = told(part).x - mean;
             squares += told(part).y + static_cast<float>(units_of(part) * each) * apart * apart;
@@ -134,29 +121,31 @@ __device__ inline void normalise(const VariantPlan& plan, unsigned char* memory,
     block_sync();
 }
 
-/// The columns of a unit's gates i, g, f, o; of a coupled layer f has none.
+/// Column k of weight_hh for the gates i, g, f, o of a unit; a coupled layer has no f.
 struct VariantColumns {
-    const float* first;  ///< null past the last unit
-    std::int64_t gate;
-    std::int64_t column;
-    int columns;
-    bool coupled;
-
-    __device__ VariantColumns(const WeightView& view, int unit, int hidden_size, bool is_coupled)
-        : first(unit < hidden_size
-                    ? static_cast<const float*>(view.data) + unit / 16 * view.panel + unit % 16 * view.unit
-                    : nullptr),
-          gate(view.gate),
-          column(view.column),
-          columns(first ? hidden_size : 0),
-          coupled(is_coupled) {}
+    const VariantCall& call;
+    int unit;
 
     __device__ float4 operator()(int k) const {
-        if (k >= columns) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        const float* const at = first + k * column;
-        return coupled ? make_float4(at[0], at[gate], 0.0f, at[2 * gate])
-                       : make_float4(at[0], at[2 * gate], at[gate], at[3 * gate]);
+        const WeightView& view = call.weight_hh;
+        const VariantStep<float>& s = call.step;
+        const bool exists = unit < s.hidden_size && k < s.hidden_size;
+        const float* const from =
+            static_cast<const float*>(view.data) + unit / 16 * view.panel + unit % 16 * view.unit + k * view.column;
+        const auto weight = [&](int gate) {
+            return exists && has_gate(s, gate) ? from[gate_place(s, gate) * view.gate] : 0.0f;
+        };
+        return make_float4(weight(0), weight(2), weight(1), weight(3));
     }
+};
+
+/// What the lane of a warp has: a unit of a row.
+template <int Rows>
+struct Work : UnitItem<Rows> {
+    int index;  ///< of the part's items
+
+    __device__ Work(const FloatSpread& spread, int part, int thread)
+        : UnitItem<Rows>(spread, part, thread % 32, thread), index(thread / 32 * spread.items + thread % 32) {}
 };
 
 template <int Held, int Rows, bool Clusters>
@@ -166,180 +155,154 @@ __device__ inline void sweep(const VariantPlan& plan) {
     const FloatSpread& spread = plan.spread;
     unsigned char* const memory = shared_memory();
     int* const lengths = reinterpret_cast<int*>(memory);
+    auto& course = *reinterpret_cast<FloatCourse*>(memory + float_course_at);
     float* const sums = reinterpret_cast<float*>(memory + spread.sums_at);
     UnitWeights<float>* const units = reinterpret_cast<UnitWeights<float>*>(memory + spread.own_at);
     Item* const items = reinterpret_cast<Item*>(memory + spread.own_rows_at);
     Normals& normals = *reinterpret_cast<Normals*>(memory + spread.apart_at);
     const Exchange<Clusters> exchange = {spread, memory};
-    const int H = static_cast<int>(s.hidden_size), batch = static_cast<int>(s.batch);
-    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    const int rows = Rows * spread.panels, first_row = exchange.group() * rows;
-    const int first_unit = exchange.part() * spread.quads;
-    const std::int64_t gate_row = (s.coupled ? 3 : 4) * s.hidden_size;
-
-    if (thread < rows) {
-        const int row = first_row + thread;
-        const std::int64_t length = row >= batch ? 0 : s.lengths ? s.lengths[row] : call.steps;
-        lengths[thread] = static_cast<int>(length < 0 ? 0 : length > call.steps ? call.steps : length);
+    const int H = static_cast<int>(s.hidden_size), batch = static_cast<int>(s.batch), rows = Rows * spread.panels;
+    const int threads = static_cast<int>(blockDim.x);
+    if (threadIdx.x == 0) {
+        course = {0, exchange.group() * rows, call.reverse, 0, exchange.part() * spread.quads};
+        for (int at = 0; at < rows; ++at) {
+            const int row = course.first_row + at;
+            const std::int64_t length = row >= batch ? 0 : s.lengths ? s.lengths[row] : call.steps;
+            lengths[at] = static_cast<int>(length < 0 ? 0 : length > call.steps ? call.steps : length);
+            course.bound = max(course.bound, lengths[at]);
+        }
     }
-    for (int at = thread; at < spread.bytes / 4 * (Clusters ? 2 : 1); at += threads)
+#pragma unroll 1
+    for (int at = static_cast<int>(threadIdx.x); at < spread.bytes / 4 * (Clusters ? 2 : 1); at += threads)
         reinterpret_cast<float*>(memory + spread.values_at)[at] = 0.0f;
-    for (int quad = thread; quad < spread.quads && first_unit + quad < H; quad += threads)
-        units[quad] = unit_weights(s, first_unit + quad);
+    block_sync();
+#pragma unroll 1
+    for (int quad = static_cast<int>(threadIdx.x); quad < min(spread.quads, H - course.first_quad); quad += threads)
+        units[quad] = unit_weights(s, course.first_quad + quad);
     HeldWeights<0, Held, Rows> weights;
     weights.lanes = 1 << spread.lane_bits;
     {
-        const Seat seat(spread, thread);
-        const VariantColumns columns(call.weight_hh, first_unit + seat.quad, H, s.coupled);
-        weights.fill(reinterpret_cast<float4*>(memory + spread.rest_at), spread.share, seat.column, columns, columns);
+        const Seat seat(spread, static_cast<int>(threadIdx.x));
+        weights.fill(reinterpret_cast<float4*>(memory + spread.rest_at), spread.share, seat.column,
+                     VariantColumns{call, course.first_quad + seat.quad}, [](int) { return 0.0f; });
     }
-    block_sync();
-    int steps = 0;
-    for (int row = 0; row < rows; ++row) steps = max(steps, lengths[row]);
-    const auto time_of = [&](int step) { return call.reverse ? steps - 1 - step : step; };
-    for (int at = thread; at < rows * H; at += threads) {
-        const int row = at / H, unit = at % H;
-        if (first_row + row < batch)
-            reinterpret_cast<float*>(exchange.values(0))[row / Rows * spread.panel_values + unit * Rows + row % Rows] =
-                s.h_in[static_cast<std::int64_t>(first_row + row) * H + unit];
+    for (int row = 0; row < rows && course.first_row + row < batch; ++row) {
+        float* const to = reinterpret_cast<float*>(exchange.values(0)) + row / Rows * spread.panel_values + row % Rows;
+#pragma unroll 1
+        for (int unit = static_cast<int>(threadIdx.x); unit < H; unit += threads)
+            to[unit * Rows] = s.h_in[std::int64_t(course.first_row + row) * H + unit];
     }
 
-    const auto exists = [&](const Work& work) {
-        return work.lane < spread.items && first_unit + work.quad < H && first_row + work.row < batch;
+    // Found again where it is needed: registers are for weights.
+    const auto my_item = [&] { return Work<Rows>(spread, exchange.part(), this_thread()); };
+    const auto is_there = [&](const Work<Rows>& item) {
+        return item.exists && item.quad < H && course.first_row + item.row < batch;
     };
-    // The row's flag of time t puts it to its initial state, as it would run with it.
-    const auto flag = [&](const Work& work, int t) {
-        return s.reset && t < lengths[work.row] &&
-               s.reset[t * call.reset_distance + (first_row + work.row) * s.reset_row] != 0;
-    };
-    // On its way while the parts meet.
-    const auto load = [&](int step) {
-        const Work work(spread, this_thread());
-        if (step >= steps || !exists(work) || time_of(step) >= lengths[work.row]) return;
-        Item& item = items[work.index];
-        const int t = time_of(step), unit = first_unit + work.quad;
-        const std::int64_t token = static_cast<std::int64_t>(t) * batch + first_row + work.row;
-        const float* const from = s.input_sums + token * gate_row + unit;
-#pragma unroll
-        for (int gate = 0; gate < 4; ++gate)
-            if (has_gate(s, gate)) item.input[gate] = from[gate_place(s, gate) * H];
-        if (s.keep_h) item.keep_h = s.keep_h[token * H + unit];
-        if (s.keep_c) item.keep_c = s.keep_c[token * H + unit];
-        item.resets = step + 1 < steps && flag(work, call.reverse ? t : t + 1);
-    };
-    const auto place_of = [&](const Work& work) {
-        return static_cast<std::int64_t>(first_row + work.row) * H + first_unit + work.quad;
+    const auto time_of = [&](int step) { return course.falling ? course.bound - 1 - step : step; };
+    const auto state_place = [&](const Work<Rows>& item) {
+        return std::int64_t(course.first_row + item.row) * H + item.quad;
     };
     const auto initial = [](const float* values, int unit) { return values ? values[unit] : 0.0f; };
-    {
-        const Work work(spread, thread);
-        if (exists(work)) {
-            Item& item = items[work.index];
-            const std::int64_t place = place_of(work);
-            const bool resets = !call.reverse && flag(work, 0);
-            item.h = resets ? initial(s.initial_h, first_unit + work.quad) : s.h[place];
-            item.c = resets ? initial(s.initial_c, first_unit + work.quad) : s.c[place];
-            item.mask_h = s.mask_h ? s.mask_h[place] : 1.0f;
-            item.mask_g = s.mask_g ? s.mask_g[place] : 1.0f;
-        }
-    }
-    load(0);
-
-    // c' of the lane's item, from the sums over h and over the inputs.
-    const auto raw_c = [&](const Work& work) {
-        const Item& item = items[work.index];
-        const UnitWeights<float>& w = units[work.quad];
-        const float4 hidden = reinterpret_cast<const float4*>(sums)[work.index];
-        const Normal<float> normal = s.norm_hh ? normals.of_hidden[work.row] : Normal<float>{};
-        const float of_gates[3] = {gate_sum(s, w, 0, item.input[0], hidden.x, normal),
-                                   s.coupled ? 0.0f : gate_sum(s, w, 1, item.input[1], hidden.z, normal),
-                                   gate_sum(s, w, 2, item.input[2], hidden.y, normal)};
-        return new_c(s, w, of_gates, item.c, item.mask_g);
+    const auto flag = [&](const Work<Rows>& item, int t) {
+        return s.reset && t < lengths[item.row] &&
+               s.reset[t * call.reset_distance + (course.first_row + item.row) * s.reset_row] != 0;
     };
+    // What an item reads of a step, on its way while the parts meet.
+    const auto fetch = [&](int step) {
+        const auto item = my_item();
+        if (step >= course.bound || !is_there(item) || time_of(step) >= lengths[item.row]) return;
+        const int t = time_of(step);
+        const std::int64_t token = std::int64_t(t) * batch + course.first_row + item.row;
+        const float* const from = s.input_sums + token * (s.coupled ? 3 : 4) * H + item.quad;
+        Item& to = items[item.index];
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate)
+            if (has_gate(s, gate)) to.input[gate] = from[gate_place(s, gate) * H];
+        if (s.keep_h) to.keep_h = s.keep_h[token * H + item.quad];
+        if (s.keep_c) to.keep_c = s.keep_c[token * H + item.quad];
+        // Going backwards it comes from step t to t - 1, and the flag of t parts them.
+        to.resets = step + 1 < course.bound && flag(item, course.falling ? t : t + 1);
+    };
+    if (const auto item = my_item(); is_there(item)) {
+        Item& to = items[item.index];
+        const bool resets = !course.falling && flag(item, 0);
+        to.h = resets ? initial(s.initial_h, item.quad) : s.h[state_place(item)];
+        to.c = resets ? initial(s.initial_c, item.quad) : s.c[state_place(item)];
+        to.mask_h = s.mask_h ? s.mask_h[state_place(item)] : 1.0f;
+        to.mask_g = s.mask_g ? s.mask_g[state_place(item)] : 1.0f;
+    }
+    fetch(0);
 
     if (s.norm_hh) Exchange<Clusters>{plan.statistics, memory}.meet(0);
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < course.bound; ++step) {
         exchange.meet(step);
-        if (step == 0 && Clusters && exchange.part() >= spread.busy) break;
-        find_sums<Held, Rows>(weights, spread, exchange.values(step), memory);
+        if (Clusters && step == 0 && exchange.part() >= spread.busy) break;
+        find_sums(weights, spread, exchange.values(step), memory);
         if (s.norm_hh)
             normalise<Clusters>(plan, memory, 2 * step + 1, s.coupled ? 3 : 4, normals.of_hidden);
         else
             warp_sync();
-        const Work work(spread, this_thread());
-        const bool there = exists(work);
-        float c = there ? raw_c(work) : 0.0f;
+        const auto item = my_item();
+        const bool there = is_there(item);
+        const int unit = item.quad - course.first_quad;
+        const auto sum_of = [&](int gate) {
+            const Normal<float> normal = s.norm_hh ? normals.of_hidden[item.row] : Normal<float>{};
+            return gate_sum(s, units[unit], gate, items[item.index].input[gate], sums[item.index * 4 + gate_of(gate)],
+                            normal);
+        };
+        float c = 0.0f, h = 0.0f, next = 0.0f;
+        if (there)
+            c = new_c(s, units[unit], sum_of(0), s.coupled ? 0.0f : sum_of(1), sum_of(2), items[item.index].c,
+                      items[item.index].mask_g);
         if (s.norm_hh) {
-            if (work.lane < spread.items) sums[work.index * 4] = c;  // in place of i, which nobody needs any more
+            if (item.exists) sums[item.index * 4] = c;  // in place of i, which nobody needs any more
             normalise<Clusters>(plan, memory, 2 * step + 2, 1, normals.of_c);
         }
-        float next = 0.0f, h = 0.0f;
         const int t = time_of(step);
-        const bool runs = there && t < lengths[work.row];
+        const bool runs = there && t < lengths[item.row];
         if (there) {
-            Item& item = items[work.index];
-            const UnitWeights<float>& w = units[work.quad];
+            Item& state = items[item.index];
             if (runs) {
-                const Normal<float> of_hidden = s.norm_hh ? normals.of_hidden[work.row] : Normal<float>{};
-                const Normal<float> of_c = s.norm_hh ? normals.of_c[work.row] : Normal<float>{};
-                const float sum = gate_sum(s, w, 3, item.input[3], sums[work.index * 4 + 3], of_hidden);
-                h = kept(item.h, new_h(s, w, sum, c, of_c), s.keep_h != nullptr, item.keep_h, s.zoneout_h);
-                c = kept(item.c, c, s.keep_c != nullptr, item.keep_c, s.zoneout_c);
-                item.h = item.resets ? initial(s.initial_h, first_unit + work.quad) : h;
-                item.c = item.resets ? initial(s.initial_c, first_unit + work.quad) : c;
+                const Normal<float> of_c = s.norm_hh ? normals.of_c[item.row] : Normal<float>{};
+                h = kept(state.h, new_h(s, units[unit], sum_of(3), c, of_c), s.keep_h != nullptr, state.keep_h,
+                         s.zoneout_h);
+                c = kept(state.c, c, s.keep_c != nullptr, state.keep_c, s.zoneout_c);
+                state.h = state.resets ? initial(s.initial_h, item.quad) : h;
+                state.c = state.resets ? initial(s.initial_c, item.quad) : c;
             }
-            next = s.mask_h ? item.h * item.mask_h : item.h;
+            next = state.h * state.mask_h;
         }
-        if (step + 1 < steps) {
-            // A warp's values lie in its lanes as they will lie in the next step's.
-            const int piece = work.lane & ((1 << spread.piece_bits) - 1), first_item = piece * spread.piece;
-            float values[4];
-#pragma unroll
-            for (int at = 0; at < 4; ++at) values[at] = shuffle(next, (first_item + at) & 31);
-            const int in_panel = Rows << (5 - spread.lane_bits), first_quad = work.warp << (5 - spread.lane_bits);
-            const int quad = first_quad + first_item % in_panel / Rows;
-            if (piece < spread.pieces && first_unit + quad < H) {
-                const int place = (first_item / in_panel * spread.panel_values + (first_unit + first_quad) * Rows +
-                                   first_item % in_panel) *
-                                  4;
-                const auto send = [&](auto word) {
-                    memcpy(&word, values, sizeof(word));
-                    exchange.send(step + 1, place, word, work.lane >> spread.piece_bits, 32 >> spread.piece_bits);
-                };
-                if (spread.piece == 4)
-                    send(uint4());
-                else if (spread.piece == 2)
-                    send(uint2());
-                else
-                    send(0u);
-            }
-        }
+        if (step + 1 < course.bound) send_values<Rows>(exchange, spread, step + 1, H, next);
+
         // What nobody waits for.
         if (runs) {
-            const int unit = first_unit + work.quad;
-            const std::int64_t row = first_row + work.row;
-            s.y.data[t * s.y.step + row * s.y.row + unit] = h;
-            if (s.cells.data) s.cells.data[t * s.cells.step + row * s.cells.row + unit] = c;
+            const std::int64_t row = course.first_row + item.row;
+            s.y.data[t * s.y.step + row * s.y.row + item.quad] = h;
+            if (s.cells.data) s.cells.data[t * s.cells.step + row * s.cells.row + item.quad] = c;
         }
-        load(step + 1);
+        fetch(step + 1);
     }
 
     // Nothing is sent behind the last meeting: no part writes to one that may have ended.
-    const Work work(spread, this_thread());
-    if (!exists(work)) return;
-    const int unit = first_unit + work.quad;
-    const std::int64_t row = first_row + work.row;
-    s.h[place_of(work)] = items[work.index].h;
-    s.c[place_of(work)] = items[work.index].c;
-    for (std::int64_t t = lengths[work.row]; t < call.steps; ++t) {
-        s.y.data[t * s.y.step + row * s.y.row + unit] = 0.0f;
-        if (s.cells.data) s.cells.data[t * s.cells.step + row * s.cells.row + unit] = 0.0f;
+    const auto item = my_item();
+    if (!is_there(item)) return;
+    s.h[state_place(item)] = items[item.index].h;
+    s.c[state_place(item)] = items[item.index].c;
+    const std::int64_t row = course.first_row + item.row;
+#pragma unroll 1
+    for (std::int64_t t = lengths[item.row]; t < call.steps; ++t) {
+        s.y.data[t * s.y.step + row * s.y.row + item.quad] = 0.0f;
+        if (s.cells.data) s.cells.data[t * s.cells.step + row * s.cells.row + item.quad] = 0.0f;
     }
 }
 
 template <int Held, int Rows, bool Clusters>
-__global__ void __launch_bounds__(threads_that_hold(Held)) kernel(const __grid_constant__ VariantPlan plan) {
+__global__ void __launch_bounds__(threads_that_hold(Held), 1) kernel(const __grid_constant__ VariantPlan plan) {
+#if !defined(CELLSTEP_EMULATED) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    if constexpr (!Clusters) sweep<Held, Rows, false>(plan);
+#else
     sweep<Held, Rows, Clusters>(plan);
+#endif
 }
 
 bool plan_of(const VariantCall& call, const ClusterForm& form, VariantPlan* plan) {
@@ -350,7 +313,7 @@ bool plan_of(const VariantCall& call, const ClusterForm& form, VariantPlan* plan
     plan->call = call;
     const int batch = static_cast<int>(s.batch);
     const auto at_once = [&](int parts) {
-        return float_clusters_at_once(kernel<16, 4, true>, threads_that_hold(16), parts, call.multiprocessors);
+        return float_clusters_at_once(kernel<48, 1, true>, threads_that_hold(48), parts, call.multiprocessors);
     };
     FloatSpread& spread = plan->spread;
     if (!choose_spread(product_of(s), 1, batch, call.multiprocessors, form, at_once, &spread)) return false;
@@ -381,7 +344,7 @@ const char* cluster_variant_forward(const VariantCall& call, ClusterForm form) {
     if (!plan_of(call, form, &plan)) return "cluster_variant: expected a call that it fits; take the steps one by one";
     if (call.step.batch == 0) return nullptr;
     return with_held_and_rows(plan.spread, [&](auto held, auto rows) {
-        return start_groups(kernel<held, rows, true>, kernel<held, rows, false>, plan, plan.spread.tiles,
+        return start_groups(kernel<held(), rows(), true>, kernel<held(), rows(), false>, plan, plan.spread.tiles,
                             plan.spread.threads, plan.spread.shared, call.step.norm_hh ? &plan.statistics : nullptr);
     });
 }

@@ -56,10 +56,8 @@ __device__ T sum_of(const VariantStep<T>& s, const UnitWeights<T>& w, int gate, 
 template <class T>
 __device__ T raw_c(const VariantStep<T>& s, const UnitWeights<T>& w, std::int64_t row, std::int64_t unit, T c,
                    const Normal<T>& of_hidden) {
-    T sums[3];
-    for (int gate = 0; gate < 3; ++gate)
-        sums[gate] = has_gate(s, gate) ? sum_of(s, w, gate, row, unit, of_hidden) : T(0);
-    return new_c(s, w, sums, c, s.mask_g ? s.mask_g[row * s.hidden_size + unit] : T(1));
+    const auto sum = [&](int gate) { return has_gate(s, gate) ? sum_of(s, w, gate, row, unit, of_hidden) : T(0); };
+    return new_c(s, w, sum(0), sum(1), sum(2), c, s.mask_g ? s.mask_g[row * s.hidden_size + unit] : T(1));
 }
 
 /// The rest of a unit, from its c'.

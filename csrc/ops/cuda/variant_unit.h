@@ -76,16 +76,22 @@ __device__ T gate_sum(const VariantStep<T>& s, const UnitWeights<T>& w, int gate
     return (input + w.bias_ih[gate]) + (hidden + w.bias_hh[gate]);
 }
 
-/// c', before zoneout, from the sums of i, f and g.
+/// c', before zoneout, from the sums of i, f and g. Activations are much code, so that one piece of it serves all.
 template <class T>
-__device__ T new_c(const VariantStep<T>& s, const UnitWeights<T>& w, const T (&sums)[3], T c, T mask_g) {
-    const auto gate = [&](int which) {
-        return activated(s.gate, s.peephole ? sums[which] + w.peephole[which] * c : sums[which]);
-    };
-    const T i = gate(0);
-    const T f = s.coupled ? T(1) - i : gate(1);
-    const T g = activated(s.candidate, sums[2]) * mask_g;
-    T value = f * c + i * g;
+__device__ T new_c(const VariantStep<T>& s, const UnitWeights<T>& w, T i, T f, T g, T c, T mask_g) {
+    if (s.peephole) {
+        i += w.peephole[0] * c;
+        f += w.peephole[1] * c;
+    }
+#pragma unroll 1
+    for (int gate = 0; gate < 3; ++gate) {
+        const T value = activated(gate == 2 ? s.candidate : s.gate, i);
+        i = f;
+        f = g;
+        g = value;
+    }
+    if (s.coupled) f = T(1) - i;
+    T value = f * c + i * (g * mask_g);
     if (s.cell_clip > T(0)) {
         value = value < -s.cell_clip ? -s.cell_clip : value;
         value = value > s.cell_clip ? s.cell_clip : value;
@@ -95,10 +101,16 @@ __device__ T new_c(const VariantStep<T>& s, const UnitWeights<T>& w, const T (&s
 
 /// o out(c'), from the sum of o.
 template <class T>
-__device__ T new_h(const VariantStep<T>& s, const UnitWeights<T>& w, T sum, T c, const Normal<T>& of_c) {
-    if (s.peephole) sum += w.peephole[2] * c;
-    const T seen = s.norm_c ? of_c(c) * w.norm_c + w.norm_c_bias : c;
-    return activated(s.gate, sum) * activated(s.output, seen);
+__device__ T new_h(const VariantStep<T>& s, const UnitWeights<T>& w, T o, T c, const Normal<T>& of_c) {
+    if (s.peephole) o += w.peephole[2] * c;
+    T seen = s.norm_c ? of_c(c) * w.norm_c + w.norm_c_bias : c;
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+        const T value = activated(part == 1 ? s.output : s.gate, o);
+        o = seen;
+        seen = value;
+    }
+    return o * seen;
 }
 
 /// Zoneout: what a state is behind the step, from what it was and what came; `keep`: of this value, in training.
