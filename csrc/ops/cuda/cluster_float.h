@@ -28,6 +28,7 @@ struct Product {
     int own_rows;   ///< the same for each row
     int apart = 0;  ///< the same for a part, and for each row what each part tells the others beside its values
     int told = 0;
+    bool few_forms = false;  ///< with_held_and_rows<true>: 16 or 48 columns in registers, panels of 1 or 4 rows
 };
 
 constexpr int most_rows = 16;  ///< of a tile
@@ -72,15 +73,17 @@ static_assert(sizeof(FloatCourse) <= 32, "the header has room");
 __host__ __device__ constexpr int threads_that_hold(int held) { return held > 28 ? 256 : held > 16 ? 384 : 512; }
 
 /// Calls with the numbers of a spread that a kernel must know when it is compiled, as std::integral_constant.
-template <class Function>
+template <bool Few = false, class Function>
 auto with_held_and_rows(const FloatSpread& spread, const Function& function) {
     const auto with_rows = [&](auto held) {
         if (spread.rows == 1) return function(held, std::integral_constant<int, 1>());
-        if (spread.rows == 2) return function(held, std::integral_constant<int, 2>());
+        if constexpr (!Few)
+            if (spread.rows == 2) return function(held, std::integral_constant<int, 2>());
         return function(held, std::integral_constant<int, 4>());
     };
     if (spread.held == 16) return with_rows(std::integral_constant<int, 16>());
-    if (spread.held == 28) return with_rows(std::integral_constant<int, 28>());
+    if constexpr (!Few)
+        if (spread.held == 28) return with_rows(std::integral_constant<int, 28>());
     return with_rows(std::integral_constant<int, 48>());
 }
 
@@ -260,7 +263,7 @@ bool choose_spread(const Product& product, int directions, int batch, int multip
     const auto consider_rows = [&](FloatSpread& spread, int room) {
         for (int rows = 1; rows <= most_rows; rows += rows < 4 ? 1 : rows < 8 ? 2 : 4) {
             if (rows > 1 && rows / 2 >= batch) return;
-            spread.rows = rows % 4 == 0 ? 4 : rows % 2 == 0 ? 2 : 1;
+            spread.rows = rows % 4 == 0 ? 4 : rows % 2 == 0 && !product.few_forms ? 2 : 1;
             spread.panels = rows / spread.rows;
             if (!lay(product, limit, &spread)) continue;
             spread.tiles = (batch + rows - 1) / rows;
@@ -284,7 +287,9 @@ bool choose_spread(const Product& product, int directions, int batch, int multip
             // The fewest columns in registers that are all of them, or the most that go.
             FloatSpread spread = {};
             for (const int held : {16, 28, 48})
-                if (threads <= threads_that_hold(held) && (spread.held == 0 || spread.held < share)) spread.held = held;
+                if (threads <= threads_that_hold(held) && (spread.held == 0 || spread.held < share) &&
+                    !(product.few_forms && held == 28))
+                    spread.held = held;
             if (spread.held == 0) continue;
             spread.grid = grid;
             spread.parts = parts;

@@ -44,6 +44,7 @@ constexpr int told_bytes = 8;  // of a row, by each part
 Product product_of(const VariantStep<float>& s) {
     const int H = static_cast<int>(s.hidden_size);
     Product product{H, 1, H, 1, (sizeof(UnitWeights<float>) + 15) / 16 * 16, (sizeof(Item) + 15) / 16 * 16};
+    product.few_forms = true;  // each is much code
     if (s.norm_hh) {
         product.apart = sizeof(Normals);
         product.told = told_bytes;
@@ -121,21 +122,30 @@ __device__ inline void normalise(const VariantPlan& plan, unsigned char* memory,
     block_sync();
 }
 
-/// Column k of weight_hh for the gates i, g, f, o of a unit; a coupled layer has no f.
+/// Column k of weight_hh for the gates i, g, f, o of a unit; a coupled layer has no f. Every column that stays in
+/// registers is code of its own, so that there is little to find for each.
 struct VariantColumns {
-    const VariantCall& call;
-    int unit;
+    const float* gates[4];
+    int column;
+    int columns;
+    bool has_f;
+
+    __device__ VariantColumns(const VariantCall& call, int unit)
+        : column(static_cast<int>(call.weight_hh.column)),
+          columns(unit < call.step.hidden_size ? static_cast<int>(call.step.hidden_size) : 0),
+          has_f(!call.step.coupled) {
+        const WeightView& view = call.weight_hh;
+        const float* const first =
+            static_cast<const float*>(view.data) + unit / 16 * view.panel + unit % 16 * view.unit;
+#pragma unroll
+        for (int sum = 0; sum < 4; ++sum) gates[sum] = first + gate_place(call.step, gate_of(sum)) * view.gate;
+    }
 
     __device__ float4 operator()(int k) const {
-        const WeightView& view = call.weight_hh;
-        const VariantStep<float>& s = call.step;
-        const bool exists = unit < s.hidden_size && k < s.hidden_size;
-        const float* const from =
-            static_cast<const float*>(view.data) + unit / 16 * view.panel + unit % 16 * view.unit + k * view.column;
-        const auto weight = [&](int gate) {
-            return exists && has_gate(s, gate) ? from[gate_place(s, gate) * view.gate] : 0.0f;
-        };
-        return make_float4(weight(0), weight(2), weight(1), weight(3));
+        const bool exists = k < columns;
+        const int at = k * column;
+        return make_float4(exists ? gates[0][at] : 0.0f, exists ? gates[1][at] : 0.0f,
+                           exists && has_f ? gates[2][at] : 0.0f, exists ? gates[3][at] : 0.0f);
     }
 };
 
@@ -308,7 +318,7 @@ __global__ void __launch_bounds__(threads_that_hold(Held), 1) kernel(const __gri
 bool plan_of(const VariantCall& call, const ClusterForm& form, VariantPlan* plan) {
     const VariantStep<float>& s = call.step;
     if (s.hidden_size < 1 || s.hidden_size > 4096 || s.recurrent_size != s.hidden_size || s.batch > 0x7fffffff ||
-        call.steps > 0x7fffffff)
+        call.steps > 0x7fffffff || call.weight_hh.column * s.hidden_size > 0x7fffffff)
         return false;
     plan->call = call;
     const int batch = static_cast<int>(s.batch);
@@ -343,7 +353,7 @@ const char* cluster_variant_forward(const VariantCall& call, ClusterForm form) {
     VariantPlan plan;
     if (!plan_of(call, form, &plan)) return "cluster_variant: expected a call that it fits; take the steps one by one";
     if (call.step.batch == 0) return nullptr;
-    return with_held_and_rows(plan.spread, [&](auto held, auto rows) {
+    return with_held_and_rows<true>(plan.spread, [&](auto held, auto rows) {
         return start_groups(kernel<held(), rows(), true>, kernel<held(), rows(), false>, plan, plan.spread.tiles,
                             plan.spread.threads, plan.spread.shared, call.step.norm_hh ? &plan.statistics : nullptr);
     });

@@ -128,7 +128,7 @@ const char* start_groups(void (*clusters)(Plan), void (*grid)(Plan), Plan& plan,
         if (!one) continue;
         one->space = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(words) + 15) / 16 * 16);
         one->flags = reinterpret_cast<int*>(one->space + space_bytes(*one));
-        words = one->flags + groups * sharing.parts;
+        words = one->flags + std::ptrdiff_t(groups) * sharing.parts;
     }
     for (; sharing.first < groups; sharing.first += sharing.slots) {
         if (second) second->first = sharing.first;

@@ -1,3 +1,4 @@
+#include "choose.h"
 #include "operators.h"
 #include "variant.h"
 
@@ -25,7 +26,7 @@ const T* values(const Maybe& tensor) {
 template <class T>
 void forward(const char* op, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih,
              const Tensor& weight_hh, const Extras& extras, VariantStep<T> step, const Tensor& y, const Maybe& cells,
-             void* stream) {
+             const Device& device) {
     const std::int64_t steps = x.size(0), batch = x.size(1), units = c.size(1), recurrent = h.size(1);
     const Tensor sums = empty(x, {steps * batch, weight_ih.size(0)});
     multiply(as_rows(x), turned(weight_ih), sums);
@@ -63,6 +64,30 @@ void forward(const char* op, const Tensor& x, const Tensor& h, const Tensor& c, 
         stream);
 }
 
+/// All steps in one launch behind variant_begin, if that is the choice.
+bool runs_whole(const char* op, const VariantRun<float>& run, void* stream) {
+    if (run.weight_hr) return false;
+    VariantCall call{};
+    call.step = run.step;
+    call.step.input_sums = data<float>(run.input_sums);
+    call.step.reset = run.reset;
+    call.steps = run.steps;
+    call.reverse = run.reverse;
+    call.reset_distance = run.reset_step;
+    call.weight_hh = weight_view_of(run.weight_hh, run.step.hidden_size);
+    call.multiprocessors = run.multiprocessors;
+    call.stream = stream;
+    if (!choose(op, call)) return false;
+    const auto words = static_cast<std::int64_t>(cluster_variant_progress_words(call));
+    const Tensor progress = empty_of(ScalarType::Int, run.h_in, {words});
+    if (words > 0) torch::stable::zero_(progress);
+    call.progress = mutable_data<int>(progress);
+    check_launch(op, cluster_variant_forward(call));
+    return true;
+}
+
+bool runs_whole(const char*, const VariantRun<double>&, void*) { return false; }
+
 }  // namespace
 
 template <class T>
@@ -74,16 +99,7 @@ void run_variant(const char* op, VariantRun<T> run, void* stream) {
         check_launch(op, variant_inputs<T>({run.steps * step.batch, step.hidden_size, step.coupled, step.expanded,
                                             run.norm_ih, mutable_data<T>(run.input_sums)},
                                            stream));
-    const Tensor hidden_sums = empty(run.h_in, {step.batch, columns});
-    const Tensor turned_hh = turned(run.weight_hh);
-    const bool projects = run.weight_hr.has_value();
-    const Tensor turned_hr = projects ? turned(*run.weight_hr) : run.m;
-    const Tensor projected = projects ? empty(run.h_in, {step.batch, step.recurrent_size}) : run.m;
-    step.hidden_sums = data<T>(hidden_sums);
-    step.projected = data<T>(projected);
     step.h_in = mutable_data<T>(run.h_in);
-    step.m = mutable_data<T>(run.m);
-    const VariantStep<T> first = step;
     // Going backwards a flag parts its step from the one before, so there it counts for that one.
     const auto flags = [&](std::int64_t at) {
         return run.reset && at >= 0 && at < run.steps ? run.reset + at * run.reset_step : nullptr;
@@ -93,6 +109,17 @@ void run_variant(const char* op, VariantRun<T> run, void* stream) {
     step.next_reset_step = begin + behind;
     step.next_reset = flags(step.next_reset_step);
     check_launch(op, variant_begin<T>(step, stream));
+    if (runs_whole(op, run, stream)) return;
+
+    const Tensor hidden_sums = empty(run.h_in, {step.batch, columns});
+    const Tensor turned_hh = turned(run.weight_hh);
+    const bool projects = run.weight_hr.has_value();
+    const Tensor turned_hr = projects ? turned(*run.weight_hr) : run.m;
+    const Tensor projected = projects ? empty(run.h_in, {step.batch, step.recurrent_size}) : run.m;
+    step.hidden_sums = data<T>(hidden_sums);
+    step.projected = data<T>(projected);
+    step.m = mutable_data<T>(run.m);
+    const VariantStep<T> first = step;
     for (std::int64_t count = 0, at = begin; count < run.steps; ++count, at += ahead) {
         step.step = at;
         step.input_sums = data<T>(run.input_sums) + at * step.batch * columns;
@@ -191,8 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_variant(
         step.cell_clip = static_cast<T>(cell_clip);
         step.zoneout_h = static_cast<T>(zoneout_h);
         step.zoneout_c = static_cast<T>(zoneout_c);
-        forward<T>(op, widened(x), h_n, c_n, widened(weight_ih), widened(weight_hh), extras, step, y, saved,
-                   device.stream());
+        forward<T>(op, widened(x), h_n, c_n, widened(weight_ih), widened(weight_hh), extras, step, y, saved, device);
     };
     if (x.scalar_type() == ScalarType::Double)
         run(double{});

@@ -1,4 +1,5 @@
-/// A layer with options over a sequence: a product and a kernel a step, two of each behind a projection.
+/// A layer with options over a sequence: all steps in one launch, or a product and a kernel a step, two of each behind
+/// a projection.
 #pragma once
 
 #include "model.h"
@@ -20,7 +21,8 @@ struct VariantRun {
     Tensor h_in;                 ///< (N, R), scratch as the next two
     Tensor m;                    ///< (N, H)
     const unsigned char* reset;  ///< (T, N) through its strides, or null
-    std::int64_t reset_step;
+    std::int64_t reset_step;     ///< from a step's flags to those of the next
+    int multiprocessors;
 };
 
 template <class T>
