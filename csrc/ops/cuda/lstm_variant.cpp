@@ -58,10 +58,10 @@ void forward(const char* op, const Tensor& x, const Tensor& h, const Tensor& c, 
         reset_step = extras.reset->stride(0);
         step.reset_row = extras.reset->stride(1);
     }
-    run_variant<T>(
-        op,
-        {step, steps, false, sums, values<T>(extras.norm_ih), weight_hh, extras.weight_hr, h_in, m, reset, reset_step},
-        stream);
+    run_variant<T>(op,
+                   {step, steps, false, sums, values<T>(extras.norm_ih), weight_hh, extras.weight_hr, h_in, m, reset,
+                    reset_step, device.multiprocessors()},
+                   device.stream());
 }
 
 /// All steps in one launch behind variant_begin, if that is the choice.
