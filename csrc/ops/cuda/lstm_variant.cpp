@@ -79,7 +79,7 @@ bool runs_whole(const char* op, const VariantRun<float>& run, void* stream) {
     call.stream = stream;
     if (!choose(op, call)) return false;
     const auto words = static_cast<std::int64_t>(cluster_variant_progress_words(call));
-    const Tensor progress = empty_of(ScalarType::Int, run.h_in, {words});
+    Tensor progress = empty_of(ScalarType::Int, run.h_in, {words});
     if (words > 0) torch::stable::zero_(progress);
     call.progress = mutable_data<int>(progress);
     check_launch(op, cluster_variant_forward(call));
