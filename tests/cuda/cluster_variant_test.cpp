@@ -372,8 +372,32 @@ void check(const Case& c, unsigned seed) {
     ++cases;
 }
 
+/// Which sizes each form takes, on a device of 132 multiprocessors.
+void sizes() {
+    const float some = 0;
+    for (const bool normalises : {false, true})
+        for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid}) {
+            int most = 0;
+            for (int H = 1; H <= 2100; ++H) {
+                VariantCall call{};
+                call.step.batch = 16;
+                call.step.hidden_size = call.step.recurrent_size = H;
+                call.step.norm_hh = normalises ? &some : nullptr;
+                call.weight_hh = weight_view(&some, H, H);
+                call.steps = 1;
+                call.multiprocessors = 132;
+                if (!cluster_variant_fits(call, {exchange, 0})) continue;
+                if (most + 1 != H) std::printf("%d fits, %d does not\n", H, H - 1);
+                most = H;
+            }
+            std::printf("%s, %s: H to %d\n", exchange == ClusterForm::cluster ? "cluster" : "grid",
+                        normalises ? "normalised" : "not normalised", most);
+        }
+}
+
 }  // namespace
 
+/// alone, together: options; sizes: which H fit; few: some of all, for other seeds and sanitizers.
 int main(int count, char** arguments) {
     const std::string what = count > 1 ? arguments[1] : "few";
     unsigned seed = 1;
@@ -384,19 +408,51 @@ int main(int count, char** arguments) {
         const Case c{H, N, T, options, usual ? 2 : any(), usual ? 3 : any(), usual ? 3 : any(), form, multiprocessors};
         check(c, seed++);
     };
-    const auto each_form = [&](const auto& visit) {
+    const auto some = [&] {
+        std::mt19937 random(seed + 1000);
+        return static_cast<unsigned>(random() & all_options);
+    };
+    const auto each_form = [&](int most, const auto& visit) {
         for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid})
-            for (int parts = 1; parts <= 3; ++parts) visit(ClusterForm{exchange, parts});
+            for (int parts = 1; parts <= most; ++parts) visit(ClusterForm{exchange, parts});
     };
     if (what == "alone")  // each option, with what it hangs on
-        each_form([&](ClusterForm form) {
+        each_form(3, [&](ClusterForm form) {
             one(13, 3, 4, 0, form, 132, true);
             for (unsigned option = 1; option < all_options; option *= 2)
                 one(13, 3, 4,
                     option | (option == expanded  ? coupled | peephole | norm
                               : option == initial ? reset
+                              : option == strided ? reset | cells
                                                   : 0u),
                     form, 132, true);
         });
+    if (what == "together") {
+        each_form(3, [&](ClusterForm form) {
+            for (int turn = 0; turn < 12; ++turn) one(13, 5, 4, some() | (turn % 2 ? norm : 0u), form);
+            one(19, 5, 4, all_options & ~expanded, form);
+            one(19, 5, 4, all_options, form);
+            one(1, 2, 3, some() | norm, form);  // a row whose values are all one
+        });
+        // Tiles of several panels, several tiles, a row alone; more parts than units; a lane's columns in shared
+        // memory.
+        for (const auto& [exchange, parts] : {std::pair(ClusterForm::cluster, 16), std::pair(ClusterForm::grid, 20)})
+            for (const int N : {1, 7, 21}) one(37, N, 3, some() | norm | mask_h, {exchange, parts});
+        one(130, 2, 2, some() | norm, {ClusterForm::cluster, 2});
+        one(260, 1, 2, some() | norm, {ClusterForm::grid, 7});
+        one(12, 40, 3, some() | norm, {ClusterForm::grid, 3}, 7);  // launches one behind another
+        for (const int H : {6, 50, 100}) one(H, 9, 3, some(), {});
+        // No row, no step.
+        one(5, 0, 3, norm, {});
+        one(5, 2, 0, norm, {});
+    }
+    if (what == "few") {
+        each_form(3, [&](ClusterForm form) {
+            for (const unsigned option : {0u, unsigned(norm)}) one(21, 6, 4, some() | option, form);
+        });
+        one(21, 6, 4, all_options, {ClusterForm::cluster, 5});
+        one(12, 9, 3, all_options, {ClusterForm::grid, 2}, 2);
+    }
+    if (what == "sizes") sizes();
     std::printf("%d cases, digest %016llx\n", cases, static_cast<unsigned long long>(digest));
 }
