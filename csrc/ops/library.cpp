@@ -1,4 +1,5 @@
 #include "cellstep/ops.h"
+#include "ops/cell.h"
 #include "ops/operators.h"
 #include "ops/schemas.h"
 
@@ -12,13 +13,14 @@ bool elsewhere(cellstep::ops::Tensor) { return false; }
 STABLE_TORCH_LIBRARY(cellstep, library) { cellstep::ops::define_operators(library); }
 
 STABLE_TORCH_LIBRARY_IMPL(cellstep, CPU, library) {
-    library.impl("lstm_cell", TORCH_BOX(&cellstep::ops::lstm_cell));
-    library.impl("lstm_cell_backward", TORCH_BOX(&cellstep::ops::lstm_cell_backward));
+    library.impl("lstm_cell", TORCH_BOX(&cellstep::ops::lstm_cell<cellstep::ops::lstm_layer>));
+    library.impl("lstm_cell_backward",
+                 TORCH_BOX(&cellstep::ops::lstm_cell_backward<cellstep::ops::lstm_layer_backward>));
     library.impl("lstm_layer", TORCH_BOX(&cellstep::ops::lstm_layer));
     library.impl("lstm_layer_backward", TORCH_BOX(&cellstep::ops::lstm_layer_backward));
     library.impl("lstm_packed", TORCH_BOX(&cellstep::ops::lstm_packed));
     library.impl("lstm_packed_backward", TORCH_BOX(&cellstep::ops::lstm_packed_backward));
-    library.impl("lstm_variant", TORCH_BOX(&cellstep::ops::lstm_variant));
+    library.impl("lstm_variant", TORCH_BOX(&cellstep::ops::lstm_variant<cellstep::ops::variant_layer>));
     library.impl("activate", TORCH_BOX(&cellstep::ops::activate));
     library.impl("dense", TORCH_BOX(&cellstep::ops::dense));
     library.impl("lstm_stack", TORCH_BOX(&cellstep::ops::lstm_stack));

@@ -5,20 +5,11 @@
 #include <optional>
 #include <tuple>
 
+#include "ops/options.h"
 #include "ops/tensor.h"
 
 namespace cellstep {
 namespace ops {
-
-/// x (N, I), h and c (N, H) -> h (N, H), c (N, H), gates (N, 4 H), or an empty tensor unless `save`.
-std::tuple<Tensor, Tensor, Tensor> lstm_cell(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh,
-                                             std::optional<Tensor> bias_ih, std::optional<Tensor> bias_hh, bool save);
-
-/// -> gradients of x, h, c, weight_ih, weight_hh and of either bias (4 H).
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_backward(Tensor grad_h, Tensor grad_c, Tensor x,
-                                                                              Tensor h, Tensor c, Tensor weight_ih,
-                                                                              Tensor weight_hh, Tensor c_next,
-                                                                              Tensor gates);
 
 /// x (T, N, I), h and c (N, H) -> y (T, N, H), h (N, H), c (N, H), gates (T, N, 4 H) and cells (T, N, H), the last two
 /// empty unless `save`.
@@ -52,17 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_packed_b
     Tensor weight_hh, std::optional<Tensor> weight_hr, Tensor y, Tensor gates, Tensor cells, bool reverse, bool to_x,
     bool to_weights);
 
-/// A layer with options, forward alone: x (T, N, I), h (N, R), c (N, H) -> y (T, N, R), h, c, and c of every step
-/// (T, N, H), empty unless `save_cells`. python/cellstep/formula.py has the formula and the shapes of the others.
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_variant(
-    Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, std::optional<Tensor> bias_ih,
-    std::optional<Tensor> bias_hh, std::optional<Tensor> weight_hr, std::optional<Tensor> weight_peephole,
-    std::optional<Tensor> norm_ih, std::optional<Tensor> norm_hh, std::optional<Tensor> norm_c,
-    std::optional<Tensor> norm_c_bias, std::optional<Tensor> reset, std::optional<Tensor> initial_h,
-    std::optional<Tensor> initial_c, std::optional<Tensor> mask_h, std::optional<Tensor> mask_g,
-    std::optional<Tensor> keep_h, std::optional<Tensor> keep_c, bool coupled, double cell_clip, double zoneout_h,
-    double zoneout_c, std::int64_t gate_activation, std::int64_t activation, std::int64_t output_activation,
-    bool save_cells);
+/// options.h has the shapes.
+std::tuple<Tensor, Tensor, Tensor, Tensor> variant_layer(Variant call);
 
 /// x (..., I), weight (O, I), bias (O) -> x weight^T + bias, (..., O), each sum in order of the inputs.
 Tensor dense(Tensor x, Tensor weight, std::optional<Tensor> bias);

@@ -12,55 +12,51 @@ namespace {
 /// The transpose of a matrix with any strides, without a copy.
 Tensor turned(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
 
-/// The arguments that have one shape each and may be missing.
-struct Extras {
-    Maybe bias_ih, bias_hh, weight_hr, weight_peephole, norm_ih, norm_hh, norm_c, norm_c_bias;
-    Maybe reset, initial_h, initial_c, mask_h, mask_g, keep_h, keep_c;
-};
-
 template <class T>
-const T* values(const Maybe& tensor) {
-    return tensor ? data<T>(*tensor) : nullptr;
-}
-
-template <class T>
-void forward(const char* op, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih,
-             const Tensor& weight_hh, const Extras& extras, VariantStep<T> step, const Tensor& y, const Maybe& cells,
+void forward(const Variant& call, const Tensor& h, const Tensor& c, const Tensor& y, const Tensor& cells,
              const Device& device) {
-    const std::int64_t steps = x.size(0), batch = x.size(1), units = c.size(1), recurrent = h.size(1);
-    const Tensor sums = empty(x, {steps * batch, weight_ih.size(0)});
-    multiply(as_rows(x), turned(weight_ih), sums);
-    const Tensor h_in = empty(x, {batch, recurrent});
-    const Tensor m = empty(x, {batch, units});
+    const std::int64_t steps = y.size(0), batch = y.size(1), units = c.size(1), recurrent = h.size(1);
+    const Tensor sums = empty(call.x, {steps * batch, call.weight_ih.size(0)});
+    multiply(as_rows(call.x), turned(call.weight_ih), sums);
+    const Tensor h_in = empty(call.x, {batch, recurrent});
+    const Tensor m = empty(call.x, {batch, units});
+    VariantStep<T> step{};
+    step.coupled = call.coupled;
+    step.gate = static_cast<Activation>(call.gate);
+    step.candidate = static_cast<Activation>(call.candidate);
+    step.output = static_cast<Activation>(call.output);
+    step.cell_clip = static_cast<T>(call.cell_clip);
+    step.zoneout_h = static_cast<T>(call.zoneout_h);
+    step.zoneout_c = static_cast<T>(call.zoneout_c);
     step.batch = batch;
     step.hidden_size = units;
     step.recurrent_size = recurrent;
-    step.bias_ih = values<T>(extras.bias_ih);
-    step.bias_hh = values<T>(extras.bias_hh);
-    step.peephole = values<T>(extras.weight_peephole);
-    step.norm_hh = values<T>(extras.norm_hh);
-    step.norm_c = values<T>(extras.norm_c);
-    step.norm_c_bias = values<T>(extras.norm_c_bias);
-    step.initial_h = values<T>(extras.initial_h);
-    step.initial_c = values<T>(extras.initial_c);
-    step.mask_h = values<T>(extras.mask_h);
-    step.mask_g = values<T>(extras.mask_g);
-    step.keep_h = values<T>(extras.keep_h);
-    step.keep_c = values<T>(extras.keep_c);
+    step.bias_ih = data_or_null<T>(call.bias_ih);
+    step.bias_hh = data_or_null<T>(call.bias_hh);
+    step.peephole = data_or_null<T>(call.weight_peephole);
+    step.norm_hh = data_or_null<T>(call.norm_hh);
+    step.norm_c = data_or_null<T>(call.norm_c);
+    step.norm_c_bias = data_or_null<T>(call.norm_c_bias);
+    step.initial_h = data_or_null<T>(call.initial_h);
+    step.initial_c = data_or_null<T>(call.initial_c);
+    step.mask_h = data_or_null<T>(call.mask_h);
+    step.mask_g = data_or_null<T>(call.mask_g);
+    step.keep_h = data_or_null<T>(call.keep_h);
+    step.keep_c = data_or_null<T>(call.keep_c);
     step.h = mutable_data<T>(h);
     step.c = mutable_data<T>(c);
     step.y = {mutable_data<T>(y), batch * recurrent, recurrent};
-    if (cells) step.cells = {mutable_data<T>(*cells), batch * units, units};
+    if (call.save_cells) step.cells = {mutable_data<T>(cells), batch * units, units};
     const unsigned char* reset = nullptr;
     std::int64_t reset_step = 0;
-    if (extras.reset) {
-        reset = data<unsigned char>(*extras.reset);
-        reset_step = extras.reset->stride(0);
-        step.reset_row = extras.reset->stride(1);
+    if (call.reset) {
+        reset = data<unsigned char>(*call.reset);
+        reset_step = call.reset->stride(0);
+        step.reset_row = call.reset->stride(1);
     }
-    run_variant<T>(op,
-                   {step, steps, false, sums, values<T>(extras.norm_ih), weight_hh, extras.weight_hr, h_in, m, reset,
-                    reset_step, device.multiprocessors()},
+    run_variant<T>(call.op,
+                   {step, steps, false, sums, data_or_null<T>(call.norm_ih), call.weight_hh, call.weight_hr, h_in, m,
+                    reset, reset_step, device.multiprocessors()},
                    device.stream());
 }
 
@@ -142,88 +138,25 @@ void run_variant(const char* op, VariantRun<T> run, void* stream) {
 template void run_variant<float>(const char*, VariantRun<float>, void*);
 template void run_variant<double>(const char*, VariantRun<double>, void*);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_variant(
-    Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Maybe bias_ih, Maybe bias_hh, Maybe weight_hr,
-    Maybe weight_peephole, Maybe norm_ih, Maybe norm_hh, Maybe norm_c, Maybe norm_c_bias, Maybe reset, Maybe initial_h,
-    Maybe initial_c, Maybe mask_h, Maybe mask_g, Maybe keep_h, Maybe keep_c, bool coupled, double cell_clip,
-    double zoneout_h, double zoneout_c, std::int64_t gate_activation, std::int64_t activation,
-    std::int64_t output_activation, bool save_cells) {
-    const char* op = "lstm_variant";
-    check_input(op, "x", x, 3);
-    check_input(op, "h", h, 2);
-    check_input(op, "c", c, 2);
-    const std::int64_t steps = x.size(0);
-    const std::int64_t batch = x.size(1);
-    const std::int64_t units = c.size(1);
-    const std::int64_t recurrent = h.size(1);
-    const std::int64_t rows = (coupled ? 3 : 4) * units;
-    if (steps == 0) fail(op, ": expected at least one step, got x of shape ", shape_text(x), ": leave out empty calls");
-    if (recurrent > units || (recurrent < units && !weight_hr))
-        fail(op, ": expected h of ", units, " values, or fewer and weight_hr, got ", shape_text(h));
-    check_argument(op, "h", h, x, {batch, recurrent});
-    check_argument(op, "c", c, x, {batch, units});
-    check_argument(op, "weight_ih", weight_ih, x, {rows, x.size(2)});
-    check_argument(op, "weight_hh", weight_hh, x, {rows, recurrent});
-    for (const std::int64_t code : {gate_activation, activation, output_activation})
-        if (code < 0 || code >= static_cast<std::int64_t>(Activation::softmax))
-            fail(op, ": expected activations below ", static_cast<int>(Activation::softmax), ", got ", code);
-    if (reset) check_mask(op, "reset", *reset, {steps, batch});
-    if (norm_ih.has_value() != norm_hh.has_value() || norm_ih.has_value() != norm_c.has_value() ||
-        norm_ih.has_value() != norm_c_bias.has_value())
-        fail(op, ": expected norm_ih, norm_hh, norm_c and norm_c_bias together, or none of them");
-
-    const Device device(x);
+std::tuple<Tensor, Tensor, Tensor, Tensor> variant_layer(Variant call) {
+    const Device device(call.x);
     // Sums and state are kept in float32, so 16-bit layers are widened and what they give is rounded once.
-    const bool narrow = value_bytes(data_type(x)) == 2;
+    const ScalarType type = call.x.scalar_type();
+    const bool narrow = value_bytes(data_type(call.x)) == 2;
     const auto widened = [&](const Tensor& tensor) {
         return narrow ? torch::stable::to(tensor, ScalarType::Float) : tensor;
     };
-    const auto rounded = [&](const Tensor& tensor) {
-        return narrow ? torch::stable::to(tensor, x.scalar_type()) : tensor;
-    };
-    const auto check = [&](const char* name, Maybe& tensor, std::initializer_list<std::int64_t> sizes) {
-        if (!tensor) return;
-        check_argument(op, name, *tensor, x, sizes);
-        tensor = as_contiguous(widened(*tensor));
-    };
-    Extras extras{bias_ih, bias_hh,   weight_hr, weight_peephole, norm_ih, norm_hh, norm_c, norm_c_bias,
-                  reset,   initial_h, initial_c, mask_h,          mask_g,  keep_h,  keep_c};
-    check("bias_ih", extras.bias_ih, {rows});
-    check("bias_hh", extras.bias_hh, {rows});
-    check("weight_hr", extras.weight_hr, {recurrent, units});
-    check("weight_peephole", extras.weight_peephole, {rows - units});
-    check("norm_ih", extras.norm_ih, {rows});
-    check("norm_hh", extras.norm_hh, {rows});
-    check("norm_c", extras.norm_c, {units});
-    check("norm_c_bias", extras.norm_c_bias, {units});
-    check("initial_h", extras.initial_h, {recurrent});
-    check("initial_c", extras.initial_c, {units});
-    check("mask_h", extras.mask_h, {batch, recurrent});
-    check("mask_g", extras.mask_g, {batch, units});
-    check("keep_h", extras.keep_h, {steps, batch, recurrent});
-    check("keep_c", extras.keep_c, {steps, batch, units});
-
-    const Tensor h_n = narrow ? widened(as_contiguous(h)) : copy_of(h);
-    const Tensor c_n = narrow ? widened(as_contiguous(c)) : copy_of(c);
-    const Tensor y = empty(h_n, {steps, batch, recurrent});
-    const Tensor cells = save_cells ? empty(h_n, {steps, batch, units}) : empty(h_n, {0});
-    const Maybe saved = save_cells ? Maybe(cells) : std::nullopt;
-    const auto run = [&](auto zero) {
-        using T = decltype(zero);
-        VariantStep<T> step{};
-        step.coupled = coupled;
-        step.gate = static_cast<Activation>(gate_activation);
-        step.candidate = static_cast<Activation>(activation);
-        step.output = static_cast<Activation>(output_activation);
-        step.cell_clip = static_cast<T>(cell_clip);
-        step.zoneout_h = static_cast<T>(zoneout_h);
-        step.zoneout_c = static_cast<T>(zoneout_c);
-        forward<T>(op, widened(x), h_n, c_n, widened(weight_ih), widened(weight_hh), extras, step, y, saved, device);
-    };
-    if (x.scalar_type() == ScalarType::Double)
-        run(double{});
-    else
-        run(float{});
+    const auto rounded = [&](const Tensor& tensor) { return narrow ? torch::stable::to(tensor, type) : tensor; };
+    for (Tensor* tensor : {&call.x, &call.weight_ih, &call.weight_hh}) *tensor = widened(*tensor);
+    for (Maybe* option : call.options())
+        if (*option) *option = widened(**option);
+    const Tensor h_n = narrow ? widened(as_contiguous(call.h)) : copy_of(call.h);
+    const Tensor c_n = narrow ? widened(as_contiguous(call.c)) : copy_of(call.c);
+    const std::int64_t steps = call.x.size(0), batch = call.x.size(1);
+    const Tensor y = empty(h_n, {steps, batch, h_n.size(1)});
+    const Tensor cells = call.save_cells ? empty(h_n, {steps, batch, c_n.size(1)}) : empty(h_n, {0});
+    const auto kernels = type == ScalarType::Double ? forward<double> : forward<float>;
+    kernels(call, h_n, c_n, y, cells, device);
     return {rounded(y), rounded(h_n), rounded(c_n), rounded(cells)};
 }
 

@@ -8,18 +8,11 @@
 #include <tuple>
 #include <vector>
 
+#include "ops/options.h"
 #include "tensor.h"
 
 namespace cellstep {
 namespace cuda {
-
-std::tuple<Tensor, Tensor, Tensor> lstm_cell(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh,
-                                             Maybe bias_ih, Maybe bias_hh, bool save);
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_backward(Tensor grad_h, Tensor grad_c, Tensor x,
-                                                                              Tensor h, Tensor c, Tensor weight_ih,
-                                                                              Tensor weight_hh, Tensor c_next,
-                                                                              Tensor gates);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer(Tensor x, Tensor h, Tensor c, Tensor weight_ih,
                                                               Tensor weight_hh, Maybe bias_ih, Maybe bias_hh,
@@ -57,12 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_layers_backward(
     Tensor h, Tensor c, std::vector<Tensor> weights, bool biased, bool bidirectional, Tensor y, Tensor outputs,
     Tensor gates, Tensor cells, bool to_x);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_variant(
-    Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Maybe bias_ih, Maybe bias_hh, Maybe weight_hr,
-    Maybe weight_peephole, Maybe norm_ih, Maybe norm_hh, Maybe norm_c, Maybe norm_c_bias, Maybe reset, Maybe initial_h,
-    Maybe initial_c, Maybe mask_h, Maybe mask_g, Maybe keep_h, Maybe keep_c, bool coupled, double cell_clip,
-    double zoneout_h, double zoneout_c, std::int64_t gate_activation, std::int64_t activation,
-    std::int64_t output_activation, bool save_cells);
+/// ops/options.h has the shapes.
+std::tuple<Tensor, Tensor, Tensor, Tensor> variant_layer(ops::Variant call);
 
 Tensor dense(Tensor x, Tensor weight, Maybe bias);
 
