@@ -119,7 +119,7 @@ Kernel choose(const char* op, const Backward& call) {
 }
 
 bool choose(const char* op, const VariantCall& call) {
-    return forced(op) != Kernel::plain && cluster_variant_fits(call);
+    return forced(op) != Kernel::plain && cluster_variant_pays(call);
 }
 
 const char* start(Kernel kernel, const Forward& call) {

@@ -273,7 +273,7 @@ bool choose_spread(const Product& product, int directions, int batch, int multip
             if (spread.grid && spread.slots > room) spread.slots = room;
             const std::int64_t cycles = cycles_of(spread) * turns;
             if (least >= 0 && cycles >= least) continue;
-            least = cycles;
+            least = spread.cycles = cycles;
             *best = spread;
         }
     };

@@ -122,30 +122,32 @@ __device__ inline void normalise(const VariantPlan& plan, unsigned char* memory,
     block_sync();
 }
 
-/// Column k of weight_hh for the gates i, g, f, o of a unit; a coupled layer has no f. Every column that stays in
-/// registers is code of its own, so that there is little to find for each.
+/// As AnyGateColumns, in float32; a coupled layer has no f.
 struct VariantColumns {
-    const float* gates[4];
-    int column;
-    int columns;
-    bool has_f;
+    const unsigned char* data;
+    std::uint32_t first, gates[4], column;  ///< bytes
+    int columns;                            ///< 0 past the last unit
+    bool coupled;
 
     __device__ VariantColumns(const VariantCall& call, int unit)
-        : column(static_cast<int>(call.weight_hh.column)),
+        : data(static_cast<const unsigned char*>(call.weight_hh.data)),
+          column(static_cast<std::uint32_t>(call.weight_hh.column * 4)),
           columns(unit < call.step.hidden_size ? static_cast<int>(call.step.hidden_size) : 0),
-          has_f(!call.step.coupled) {
+          coupled(call.step.coupled) {
         const WeightView& view = call.weight_hh;
-        const float* const first =
-            static_cast<const float*>(view.data) + unit / 16 * view.panel + unit % 16 * view.unit;
+        first = static_cast<std::uint32_t>((unit / 16 * view.panel + unit % 16 * view.unit) * 4);
 #pragma unroll
-        for (int sum = 0; sum < 4; ++sum) gates[sum] = first + gate_place(call.step, gate_of(sum)) * view.gate;
+        for (int sum = 0; sum < 4; ++sum)
+            gates[sum] = static_cast<std::uint32_t>(gate_place(call.step, gate_of(sum)) * view.gate * 4);
     }
 
     __device__ float4 operator()(int k) const {
-        const bool exists = k < columns;
-        const int at = k * column;
-        return make_float4(exists ? gates[0][at] : 0.0f, exists ? gates[1][at] : 0.0f,
-                           exists && has_f ? gates[2][at] : 0.0f, exists ? gates[3][at] : 0.0f);
+        const std::uint32_t at = first + static_cast<std::uint32_t>(k) * column;
+        const auto weight = [&](int sum) {
+            const bool exists = k < columns && !(coupled && gate_of(sum) == 1);
+            return exists ? *reinterpret_cast<const float*>(in_global(data) + (at + gates[sum])) : 0.0f;
+        };
+        return make_float4(weight(0), weight(1), weight(2), weight(3));
     }
 };
 
@@ -317,8 +319,10 @@ __global__ void __launch_bounds__(threads_that_hold(Held), 1) kernel(const __gri
 
 bool plan_of(const VariantCall& call, const ClusterForm& form, VariantPlan* plan) {
     const VariantStep<float>& s = call.step;
+    const WeightView& view = call.weight_hh;
     if (s.hidden_size < 1 || s.hidden_size > 4096 || s.recurrent_size != s.hidden_size || s.batch > 0x7fffffff ||
-        call.steps > 0x7fffffff || call.weight_hh.column * s.hidden_size > 0x7fffffff)
+        call.steps > 0x7fffffff ||
+        3 * view.gate + s.hidden_size * (view.unit + view.column) >= std::int64_t(1) << 30)  // bytes count to 2^32
         return false;
     plan->call = call;
     const int batch = static_cast<int>(s.batch);
@@ -340,6 +344,16 @@ bool plan_of(const VariantCall& call, const ClusterForm& form, VariantPlan* plan
 bool cluster_variant_fits(const VariantCall& call, ClusterForm form) {
     VariantPlan plan;
     return plan_of(call, form, &plan);
+}
+
+bool cluster_variant_pays(const VariantCall& call) {
+    VariantPlan plan;
+    if (!plan_of(call, {}, &plan)) return false;
+    // Derived, not measured: step by step a product and one or two launches take some 8 us, and from there on a
+    // multiprocessor does 256 operations of the product a cycle.
+    const std::int64_t H = call.step.hidden_size, multiprocessors = call.multiprocessors;
+    return plan.spread.cycles <=
+           14000 + 8 * call.step.batch * H * H / (256 * (multiprocessors > 0 ? multiprocessors : 1));
 }
 
 std::size_t cluster_variant_progress_words(const VariantCall& call, ClusterForm form) {

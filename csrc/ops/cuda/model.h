@@ -203,6 +203,7 @@ struct VariantCall {
     void* stream;
 };
 bool cluster_variant_fits(const VariantCall& call, ClusterForm form = {});
+bool cluster_variant_pays(const VariantCall& call);  ///< fits, and is likely faster than step by step
 std::size_t cluster_variant_progress_words(const VariantCall& call, ClusterForm form = {});
 const char* cluster_variant_forward(const VariantCall& call, ClusterForm form = {});
 
