@@ -121,6 +121,15 @@ def test_everything_over_many_steps(ops, dtype):
     check_variant(ops, dtype, *variant(3, dtype, options, (60, 3, 4, 7)))
 
 
+@pytest.mark.parametrize("kernel", ["", "plain"])
+@pytest.mark.parametrize(
+    "without", [{"keep", "projection"}, {"zoneout", "projection", "coupled"}, {"norm", "projection"}]
+)
+def test_one_launch_and_step_by_step(ops, kernel, without, monkeypatch):
+    monkeypatch.setenv("CELLSTEP_CUDA_KERNEL", kernel)
+    check_variant(ops, torch.float32, *variant(7, torch.float32, set(SWITCHES) - without, (7, 5, 4, 37)))
+
+
 def test_variant_takes_any_strides(ops):
     tensors, options = variant(4, torch.float64, set(SWITCHES))
     expected = ops.lstm_variant(*tensors, *options, True)

@@ -22,7 +22,7 @@ Choice choose(const char* op, const Forward* whole, const Forward& layer);
 /// free.
 Kernel choose(const char* op, const Backward& call);
 
-/// Whether a layer with options runs all its steps in one launch.
+/// Whether a layer with options runs all its steps in one launch: never with `plain`, else where that likely pays.
 bool choose(const char* op, const VariantCall& call);
 
 /// Starts a kernel that fits; not the plain one, which is no single launch.
