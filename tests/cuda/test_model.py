@@ -115,9 +115,10 @@ def test_options_together(ops, seed):
     check_variant(ops, torch.float64, *variant(seed, torch.float64, options, sizes, activations))
 
 
+@pytest.mark.parametrize("without", [{"keep"}, {"keep", "projection"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_everything_over_many_steps(ops, dtype):
-    options = set(SWITCHES) - {"keep"}
+def test_everything_over_many_steps(ops, dtype, without):
+    options = set(SWITCHES) - without
     check_variant(ops, dtype, *variant(3, dtype, options, (60, 3, 4, 7)))
 
 
