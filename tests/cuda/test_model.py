@@ -115,10 +115,20 @@ def test_options_together(ops, seed):
     check_variant(ops, torch.float64, *variant(seed, torch.float64, options, sizes, activations))
 
 
+@pytest.mark.parametrize("without", [{"keep"}, {"keep", "projection"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_everything_over_many_steps(ops, dtype):
-    options = set(SWITCHES) - {"keep"}
+def test_everything_over_many_steps(ops, dtype, without):
+    options = set(SWITCHES) - without
     check_variant(ops, dtype, *variant(3, dtype, options, (60, 3, 4, 7)))
+
+
+@pytest.mark.parametrize("kernel", ["", "plain"])
+@pytest.mark.parametrize(
+    "without", [{"keep", "projection"}, {"zoneout", "projection", "coupled"}, {"norm", "projection"}]
+)
+def test_one_launch_and_step_by_step(ops, kernel, without, monkeypatch):
+    monkeypatch.setenv("CELLSTEP_CUDA_KERNEL", kernel)
+    check_variant(ops, torch.float32, *variant(7, torch.float32, set(SWITCHES) - without, (7, 5, 4, 37)))
 
 
 def test_variant_takes_any_strides(ops):

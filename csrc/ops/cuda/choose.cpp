@@ -117,6 +117,10 @@ Kernel choose(const char* op, const Backward& call) {
     return *kernel;
 }
 
+bool choose(const char* op, const VariantCall& call) {
+    return forced(op) != Kernel::plain && cluster_variant_pays(call);
+}
+
 const char* start(Kernel kernel, const Forward& call) {
     switch (kernel) {
         case Kernel::rows:

@@ -2,7 +2,7 @@
 /// or cluster_float in the environment forces one, for tests.
 #pragma once
 
-#include "kernels.h"
+#include "model.h"
 
 namespace cellstep {
 namespace cuda {
@@ -20,6 +20,9 @@ Choice choose(const char* op, const Forward* whole, const Forward& layer);
 
 /// `rows` has no way back: forced, it leaves this choice free.
 Kernel choose(const char* op, const Backward& call);
+
+/// Whether a layer with options runs all its steps in one launch: never with `plain`, else where that likely pays.
+bool choose(const char* op, const VariantCall& call);
 
 /// Starts a kernel that fits; not the plain one, which is no single launch.
 const char* start(Kernel kernel, const Forward& call);

@@ -21,11 +21,14 @@ namespace cuda {
 /// What is to be spread over parts.
 struct Product {
     int quads;
-    int units;     ///< of a quad: 1 or 4
-    int columns;   ///< a multiple of 4 values of `quads`, where zeros may follow the ones that exist
-    int values;    ///< columns that a unit finds for the next step
-    int own;       ///< bytes of a quad that the kernel keeps in shared memory for itself, a multiple of 16
-    int own_rows;  ///< the same for each row
+    int units;      ///< of a quad: 1 or 4
+    int columns;    ///< a multiple of 4 values of `quads`, where zeros may follow the ones that exist
+    int values;     ///< columns that a unit finds for the next step
+    int own;        ///< bytes of a quad that the kernel keeps in shared memory for itself, a multiple of 16
+    int own_rows;   ///< the same for each row
+    int apart = 0;  ///< the same for a part, and for each row what each part tells the others beside its values
+    int told = 0;
+    bool few_forms = false;  ///< with_held_and_rows<true>: 16 or 48 columns in registers, panels of 1 or 4 rows
 };
 
 constexpr int most_rows = 16;  ///< of a tile
@@ -47,8 +50,9 @@ struct FloatSpread : Sharing {
     int sums_at;       ///< places in shared memory, in bytes: of each warp [panel][quad][row] its sums
     int own_at;
     int own_rows_at;
-    int rest_at;  ///< weights that are not in registers
-    int shared;   ///< bytes
+    int apart_at;  ///< behind it what is told
+    int rest_at;   ///< weights that are not in registers
+    int shared;    ///< bytes
 };
 
 /// What all threads of a part know, in shared memory, as registers are for weights.
@@ -69,15 +73,17 @@ static_assert(sizeof(FloatCourse) <= 32, "the header has room");
 __host__ __device__ constexpr int threads_that_hold(int held) { return held > 28 ? 256 : held > 16 ? 384 : 512; }
 
 /// Calls with the numbers of a spread that a kernel must know when it is compiled, as std::integral_constant.
-template <class Function>
+template <bool Few = false, class Function>
 auto with_held_and_rows(const FloatSpread& spread, const Function& function) {
     const auto with_rows = [&](auto held) {
         if (spread.rows == 1) return function(held, std::integral_constant<int, 1>());
-        if (spread.rows == 2) return function(held, std::integral_constant<int, 2>());
+        if constexpr (!Few)
+            if (spread.rows == 2) return function(held, std::integral_constant<int, 2>());
         return function(held, std::integral_constant<int, 4>());
     };
     if (spread.held == 16) return with_rows(std::integral_constant<int, 16>());
-    if (spread.held == 28) return with_rows(std::integral_constant<int, 28>());
+    if constexpr (!Few)
+        if (spread.held == 28) return with_rows(std::integral_constant<int, 28>());
     return with_rows(std::integral_constant<int, 48>());
 }
 
@@ -215,7 +221,9 @@ inline bool lay(const Product& product, std::size_t limit, FloatSpread* spread) 
     spread->own_rows_at = spread->own_at + spread->quads * product.own;
     spread->sums_at = spread->own_rows_at + spread->quads * rows * product.own_rows;
     spread->values_at = spread->sums_at + spread->quads * rows * 16;
-    spread->rest_at = spread->values_at + (spread->grid ? 1 : 2) * spread->bytes;
+    spread->apart_at = spread->values_at + (spread->grid ? 1 : 2) * spread->bytes;
+    spread->rest_at = spread->apart_at + product.apart +
+                      (spread->grid ? 1 : 2) * ((spread->busy * rows * product.told + 15) / 16 * 16);
     const std::int64_t shared = spread->rest_at + std::int64_t(spread->share - spread->held) * spread->threads * 16;
     spread->shared = static_cast<int>(shared);
     return shared <= static_cast<std::int64_t>(limit);
@@ -255,7 +263,7 @@ bool choose_spread(const Product& product, int directions, int batch, int multip
     const auto consider_rows = [&](FloatSpread& spread, int room) {
         for (int rows = 1; rows <= most_rows; rows += rows < 4 ? 1 : rows < 8 ? 2 : 4) {
             if (rows > 1 && rows / 2 >= batch) return;
-            spread.rows = rows % 4 == 0 ? 4 : rows % 2 == 0 ? 2 : 1;
+            spread.rows = rows % 4 == 0 ? 4 : rows % 2 == 0 && !product.few_forms ? 2 : 1;
             spread.panels = rows / spread.rows;
             if (!lay(product, limit, &spread)) continue;
             spread.tiles = (batch + rows - 1) / rows;
@@ -265,7 +273,7 @@ bool choose_spread(const Product& product, int directions, int batch, int multip
             if (spread.grid && spread.slots > room) spread.slots = room;
             const std::int64_t cycles = cycles_of(spread) * turns;
             if (least >= 0 && cycles >= least) continue;
-            least = cycles;
+            least = spread.cycles = cycles;
             *best = spread;
         }
     };
@@ -279,7 +287,9 @@ bool choose_spread(const Product& product, int directions, int batch, int multip
             // The fewest columns in registers that are all of them, or the most that go.
             FloatSpread spread = {};
             for (const int held : {16, 28, 48})
-                if (threads <= threads_that_hold(held) && (spread.held == 0 || spread.held < share)) spread.held = held;
+                if (threads <= threads_that_hold(held) && (spread.held == 0 || spread.held < share) &&
+                    !(product.few_forms && held == 28))
+                    spread.held = held;
             if (spread.held == 0) continue;
             spread.grid = grid;
             spread.parts = parts;

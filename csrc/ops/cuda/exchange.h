@@ -108,9 +108,11 @@ inline std::size_t words_of(const Sharing& sharing, int groups) {
 }
 
 /// Starts a plan, which has a `call` and a `spread` that is a Sharing, for all groups: `clusters` or `grid`, the
-/// kernel's two forms. Launches of a grid follow one another where not all groups find room at once.
+/// kernel's two forms. Launches of a grid follow one another where not all groups find room at once. `second`: of the
+/// plan, what the same parts give one another beside it.
 template <class Plan>
-const char* start_groups(void (*clusters)(Plan), void (*grid)(Plan), Plan& plan, int groups, int threads, int shared) {
+const char* start_groups(void (*clusters)(Plan), void (*grid)(Plan), Plan& plan, int groups, int threads, int shared,
+                         Sharing* second = nullptr) {
     Sharing& sharing = plan.spread;
     const dim3 block(static_cast<unsigned>(threads));
     const auto bytes = static_cast<std::size_t>(shared);
@@ -118,10 +120,15 @@ const char* start_groups(void (*clusters)(Plan), void (*grid)(Plan), Plan& plan,
         return launch_clusters(clusters, static_cast<unsigned>(sharing.parts),
                                dim3(static_cast<unsigned>(groups * sharing.parts)), block, bytes, plan.call.stream,
                                plan);
-    const auto begin = reinterpret_cast<std::uintptr_t>(plan.call.progress);
-    sharing.space = reinterpret_cast<unsigned char*>((begin + 15) / 16 * 16);
-    sharing.flags = reinterpret_cast<int*>(sharing.space + space_bytes(sharing));
+    int* words = plan.call.progress;
+    for (Sharing* const one : {&sharing, second}) {
+        if (!one) continue;
+        one->space = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(words) + 15) / 16 * 16);
+        one->flags = reinterpret_cast<int*>(one->space + space_bytes(*one));
+        words = one->flags + std::ptrdiff_t(groups) * sharing.parts;
+    }
     for (; sharing.first < groups; sharing.first += sharing.slots) {
+        if (second) second->first = sharing.first;
         const int slots = groups - sharing.first < sharing.slots ? groups - sharing.first : sharing.slots;
         const char* const error = launch(grid, dim3(static_cast<unsigned>(slots * sharing.parts)), block, bytes,
                                          plan.call.stream, plan, true);

@@ -1,3 +1,4 @@
+#include "choose.h"
 #include "operators.h"
 #include "variant.h"
 
@@ -13,7 +14,7 @@ Tensor turned(const Tensor& tensor) { return torch::stable::transpose(tensor, 0,
 
 template <class T>
 void forward(const Variant& call, const Tensor& h, const Tensor& c, const Tensor& y, const Tensor& cells,
-             void* stream) {
+             const Device& device) {
     const std::int64_t steps = y.size(0), batch = y.size(1), units = c.size(1), recurrent = h.size(1);
     const Tensor sums = empty(call.x, {steps * batch, call.weight_ih.size(0)});
     multiply(as_rows(call.x), turned(call.weight_ih), sums);
@@ -33,7 +34,6 @@ void forward(const Variant& call, const Tensor& h, const Tensor& c, const Tensor
     step.bias_ih = data_or_null<T>(call.bias_ih);
     step.bias_hh = data_or_null<T>(call.bias_hh);
     step.peephole = data_or_null<T>(call.weight_peephole);
-    step.norm_ih = data_or_null<T>(call.norm_ih);
     step.norm_hh = data_or_null<T>(call.norm_hh);
     step.norm_c = data_or_null<T>(call.norm_c);
     step.norm_c_bias = data_or_null<T>(call.norm_c_bias);
@@ -54,9 +54,35 @@ void forward(const Variant& call, const Tensor& h, const Tensor& c, const Tensor
         reset_step = call.reset->stride(0);
         step.reset_row = call.reset->stride(1);
     }
-    run_variant<T>(call.op, {step, steps, false, sums, call.weight_hh, call.weight_hr, h_in, m, reset, reset_step},
-                   stream);
+    run_variant<T>(call.op,
+                   {step, steps, false, sums, data_or_null<T>(call.norm_ih), call.weight_hh, call.weight_hr, h_in, m,
+                    reset, reset_step, device.multiprocessors()},
+                   device.stream());
 }
+
+/// All steps in one launch behind variant_begin, if that is the choice.
+bool runs_whole(const char* op, const VariantRun<float>& run, void* stream) {
+    if (run.weight_hr) return false;
+    VariantCall call{};
+    call.step = run.step;
+    call.step.input_sums = data<float>(run.input_sums);
+    call.step.reset = run.reset;
+    call.steps = run.steps;
+    call.reverse = run.reverse;
+    call.reset_distance = run.reset_step;
+    call.weight_hh = weight_view_of(run.weight_hh, run.step.hidden_size);
+    call.multiprocessors = run.multiprocessors;
+    call.stream = stream;
+    if (!choose(op, call)) return false;
+    const auto words = static_cast<std::int64_t>(cluster_variant_progress_words(call));
+    Tensor progress = empty_of(ScalarType::Int, run.h_in, {words});
+    if (words > 0) torch::stable::zero_(progress);
+    call.progress = mutable_data<int>(progress);
+    check_launch(op, cluster_variant_forward(call));
+    return true;
+}
+
+bool runs_whole(const char*, const VariantRun<double>&, void*) { return false; }
 
 }  // namespace
 
@@ -65,16 +91,11 @@ void run_variant(const char* op, VariantRun<T> run, void* stream) {
     VariantStep<T>& step = run.step;
     if (step.batch == 0) return;
     const std::int64_t columns = run.weight_hh.size(0);
-    const Tensor hidden_sums = empty(run.h_in, {step.batch, columns});
-    const Tensor turned_hh = turned(run.weight_hh);
-    const bool projects = run.weight_hr.has_value();
-    const Tensor turned_hr = projects ? turned(*run.weight_hr) : run.m;
-    const Tensor projected = projects ? empty(run.h_in, {step.batch, step.recurrent_size}) : run.m;
-    step.hidden_sums = data<T>(hidden_sums);
-    step.projected = data<T>(projected);
+    if (run.norm_ih)
+        check_launch(op, variant_inputs<T>({run.steps * step.batch, step.hidden_size, step.coupled, step.expanded,
+                                            run.norm_ih, mutable_data<T>(run.input_sums)},
+                                           stream));
     step.h_in = mutable_data<T>(run.h_in);
-    step.m = mutable_data<T>(run.m);
-    const VariantStep<T> first = step;
     // Going backwards a flag parts its step from the one before, so there it counts for that one.
     const auto flags = [&](std::int64_t at) {
         return run.reset && at >= 0 && at < run.steps ? run.reset + at * run.reset_step : nullptr;
@@ -84,6 +105,17 @@ void run_variant(const char* op, VariantRun<T> run, void* stream) {
     step.next_reset_step = begin + behind;
     step.next_reset = flags(step.next_reset_step);
     check_launch(op, variant_begin<T>(step, stream));
+    if (runs_whole(op, run, stream)) return;
+
+    const Tensor hidden_sums = empty(run.h_in, {step.batch, columns});
+    const Tensor turned_hh = turned(run.weight_hh);
+    const bool projects = run.weight_hr.has_value();
+    const Tensor turned_hr = projects ? turned(*run.weight_hr) : run.m;
+    const Tensor projected = projects ? empty(run.h_in, {step.batch, step.recurrent_size}) : run.m;
+    step.hidden_sums = data<T>(hidden_sums);
+    step.projected = data<T>(projected);
+    step.m = mutable_data<T>(run.m);
+    const VariantStep<T> first = step;
     for (std::int64_t count = 0, at = begin; count < run.steps; ++count, at += ahead) {
         step.step = at;
         step.input_sums = data<T>(run.input_sums) + at * step.batch * columns;
@@ -124,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> variant_layer(Variant call) {
     const Tensor y = empty(h_n, {steps, batch, h_n.size(1)});
     const Tensor cells = call.save_cells ? empty(h_n, {steps, batch, c_n.size(1)}) : empty(h_n, {0});
     const auto kernels = type == ScalarType::Double ? forward<double> : forward<float>;
-    kernels(call, h_n, c_n, y, cells, device.stream());
+    kernels(call, h_n, c_n, y, cells, device);
     return {rounded(y), rounded(h_n), rounded(c_n), rounded(cells)};
 }
 

@@ -122,6 +122,19 @@ struct AddRows {
 template <class T>
 const char* add_rows(const AddRows<T>& call, void* stream);
 
+/// variant.cu: layer normalisation of the sums over the inputs, in place, before the first step.
+template <class T>
+struct VariantInputs {
+    std::int64_t rows;
+    std::int64_t hidden_size;
+    bool coupled;
+    bool expanded;     ///< the gains of a coupled layer have a place for f as well
+    const T* norm_ih;  ///< (G H)
+    T* sums;           ///< (rows, G H)
+};
+template <class T>
+const char* variant_inputs(const VariantInputs<T>& call, void* stream);
+
 /// variant.cu: one step of a layer with options behind its products; python/cellstep/formula.py has the formula.
 template <class T>
 struct VariantStep {
@@ -135,15 +148,14 @@ struct VariantStep {
     T cell_clip;
     T zoneout_h;
     T zoneout_c;
-    const T* input_sums;   ///< (N, G H): W_ih x
+    const T* input_sums;   ///< (N, G H): W_ih x, normalised if the layer does that
     const T* hidden_sums;  ///< (N, G H): W_hh h_in
     const T* projected;    ///< (N, R): W_hr m, of a projection
-    const T* bias_ih;      ///< (G H), or null like the next seven
+    const T* bias_ih;      ///< (G H), or null like the next six
     const T* bias_hh;
     const T* peephole;  ///< gates i, (f,) o
-    const T* norm_ih;   ///< (G H)
-    const T* norm_hh;
-    const T* norm_c;  ///< (H)
+    const T* norm_hh;   ///< (G H)
+    const T* norm_c;    ///< (H)
     const T* norm_c_bias;
     bool expanded;  ///< peephole and norms of a coupled layer have a place for f as well
     const T* mask_h;
@@ -176,6 +188,24 @@ const char* variant_step(const VariantStep<T>& step, bool projects, void* stream
 /// h, behind a projection.
 template <class T>
 const char* variant_project(const VariantStep<T>& step, void* stream);
+
+/// cluster_variant.cu: all steps of a layer with options and no projection in one launch, the weights over several
+/// blocks, in float.
+struct VariantCall {
+    VariantStep<float> step;  ///< what every step has; input_sums, reset, keep_*, y and cells are those of step 0, h_in
+                              ///< what variant_begin left; hidden_sums, projected and m are not used
+    std::int64_t steps;
+    bool reverse;                 ///< from the last step to the first
+    std::int64_t reset_distance;  ///< from a step's flags to those of the next
+    WeightView weight_hh;         ///< of a coupled layer three gates
+    int* progress;                ///< cluster_variant_progress_words zeros on the device
+    int multiprocessors;
+    void* stream;
+};
+bool cluster_variant_fits(const VariantCall& call, ClusterForm form = {});
+bool cluster_variant_pays(const VariantCall& call);  ///< fits, and is likely faster than step by step
+std::size_t cluster_variant_progress_words(const VariantCall& call, ClusterForm form = {});
+const char* cluster_variant_forward(const VariantCall& call, ClusterForm form = {});
 
 }  // namespace cuda
 }  // namespace cellstep

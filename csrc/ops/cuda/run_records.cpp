@@ -486,7 +486,6 @@ Tensor Run<T>::run_options(const Layer& layer, const Tensor& seen, bool last, Ma
         step.zoneout_c = static_cast<T>(layer.zoneout_c);
         step.bias_ih = data<T>(*d.bias);
         step.peephole = values<T>(d.peephole);
-        step.norm_ih = values<T>(d.norm_ih);
         step.norm_hh = values<T>(d.norm_hh);
         step.norm_c = values<T>(d.norm_c);
         step.norm_c_bias = values<T>(d.norm_c_bias);
@@ -502,11 +501,11 @@ Tensor Run<T>::run_options(const Layer& layer, const Tensor& seen, bool last, Ma
             step.cells = {mutable_data<T>(y) + layer.h_columns() + index * units, batch * width, width};
         const Tensor sums = rows(steps * batch, d.weight_ih->size(0));
         multiply(inputs, torch::stable::transpose(*d.weight_ih, 0, 1), sums);
-        run_variant<T>(
-            op,
-            {step, steps, place == 1, sums, *d.weight_hh, d.weight_hr, rows(batch, recurrent), rows(batch, units),
-             reset ? data<unsigned char>(*reset) : nullptr, reset ? reset->stride(1) : 0},
-            stream);
+        run_variant<T>(op,
+                       {step, steps, place == 1, sums, values<T>(d.norm_ih), *d.weight_hh, d.weight_hr,
+                        rows(batch, recurrent), rows(batch, units), reset ? data<unsigned char>(*reset) : nullptr,
+                        reset ? reset->stride(1) : 0, device.multiprocessors()},
+                       stream);
         const Rows<T> to_h = h_rows(h_n, d), to_c = c_rows(c_n, d);
         add(results, {step.h, recurrent, to_h.data, to_h.row, recurrent});
         add(results, {step.c, units, to_c.data, to_c.row, units});

@@ -1,4 +1,4 @@
-#include "activations.h"
+#include "variant_unit.h"
 
 namespace cellstep {
 namespace cuda {
@@ -32,50 +32,12 @@ __device__ void finish_h(const VariantStep<T>& s, std::int64_t row, std::int64_t
     T y = T(0);
     if (runs(s, row)) {
         if (is_set(s, s.reset, s.reset_step, row)) h = s.initial_h ? s.initial_h[at] : T(0);
-        if (s.keep_h)
-            h = s.keep_h[place] * h + (T(1) - s.keep_h[place]) * given;
-        else if (s.zoneout_h > T(0))
-            h = s.zoneout_h * h + (T(1) - s.zoneout_h) * given;
-        else
-            h = given;
+        h = kept(h, given, s.keep_h != nullptr, s.keep_h ? s.keep_h[place] : T(0), s.zoneout_h);
         s.h[place] = h;
         y = h;
     }
     s.y.data[row * s.y.row + at] = y;
     write_h_in(s, row, at, h);
-}
-
-/// What layer normalisation makes of the sums of a row: (x - mean) inverse gain.
-template <class T>
-struct Normal {
-    T mean;
-    T inverse;
-};
-
-template <class T>
-__device__ T row_sum(const VariantStep<T>& s, int gate, std::int64_t row, std::int64_t unit, const Normal<T>& of_input,
-                     const Normal<T>& of_hidden) {
-    const std::int64_t units = s.hidden_size;
-    const int gates = s.coupled ? 3 : 4;
-    const std::int64_t at = (s.coupled && gate > 1 ? gate - 1 : gate) * units + unit;
-    const std::int64_t place = row * gates * units + at;
-    T input = s.input_sums[place];
-    T hidden = s.hidden_sums[place];
-    if (s.norm_ih) {
-        const std::int64_t gain = s.expanded ? gate * units + unit : at;
-        input = (input - of_input.mean) * of_input.inverse * s.norm_ih[gain];
-        hidden = (hidden - of_hidden.mean) * of_hidden.inverse * s.norm_hh[gain];
-    }
-    if (s.bias_ih) input += s.bias_ih[at];
-    if (s.bias_hh) hidden += s.bias_hh[at];
-    return input + hidden;
-}
-
-/// Peephole of gate 0 (i), 1 (f) or 2 (o).
-template <class T>
-__device__ T peephole(const VariantStep<T>& s, int gate, std::int64_t unit) {
-    const int place = s.coupled && !s.expanded && gate == 2 ? 1 : gate;
-    return s.peephole ? s.peephole[place * s.hidden_size + unit] : T(0);
 }
 
 template <class T>
@@ -84,44 +46,28 @@ __device__ T c_before(const VariantStep<T>& s, std::int64_t row, std::int64_t un
     return s.c[row * s.hidden_size + unit];
 }
 
-/// c', before zoneout.
 template <class T>
-__device__ T new_c(const VariantStep<T>& s, std::int64_t row, std::int64_t unit, T c, const Normal<T>& of_input,
-                   const Normal<T>& of_hidden) {
-    T at_i = row_sum(s, 0, row, unit, of_input, of_hidden);
-    if (s.peephole) at_i += peephole(s, 0, unit) * c;
-    const T i = activated(s.gate, at_i);
-    T f = T(1) - i;
-    if (!s.coupled) {
-        T at_f = row_sum(s, 1, row, unit, of_input, of_hidden);
-        if (s.peephole) at_f += peephole(s, 1, unit) * c;
-        f = activated(s.gate, at_f);
-    }
-    T g = activated(s.candidate, row_sum(s, 2, row, unit, of_input, of_hidden));
-    if (s.mask_g) g *= s.mask_g[row * s.hidden_size + unit];
-    T value = f * c + i * g;
-    if (s.cell_clip > T(0)) {
-        value = value < -s.cell_clip ? -s.cell_clip : value;
-        value = value > s.cell_clip ? s.cell_clip : value;
-    }
-    return value;
+__device__ T sum_of(const VariantStep<T>& s, const UnitWeights<T>& w, int gate, std::int64_t row, std::int64_t unit,
+                    const Normal<T>& of_hidden) {
+    const std::int64_t place = (row * (s.coupled ? 3 : 4) + gate_place(s, gate)) * s.hidden_size + unit;
+    return gate_sum(s, w, gate, s.input_sums[place], s.hidden_sums[place], of_hidden);
 }
 
-/// The rest of a unit, from its c' and from what the output activation sees of it.
 template <class T>
-__device__ void finish_unit(const VariantStep<T>& s, bool projects, std::int64_t row, std::int64_t unit, T c, T value,
-                            T seen, const Normal<T>& of_input, const Normal<T>& of_hidden) {
+__device__ T raw_c(const VariantStep<T>& s, const UnitWeights<T>& w, std::int64_t row, std::int64_t unit, T c,
+                   const Normal<T>& of_hidden) {
+    const auto sum = [&](int gate) { return has_gate(s, gate) ? sum_of(s, w, gate, row, unit, of_hidden) : T(0); };
+    return new_c(s, w, sum(0), sum(1), sum(2), c, s.mask_g ? s.mask_g[row * s.hidden_size + unit] : T(1));
+}
+
+/// The rest of a unit, from its c'.
+template <class T>
+__device__ void finish_unit(const VariantStep<T>& s, const UnitWeights<T>& w, bool projects, std::int64_t row,
+                            std::int64_t unit, T c, T value, const Normal<T>& of_hidden, const Normal<T>& of_c) {
     const std::int64_t place = row * s.hidden_size + unit;
-    T at_o = row_sum(s, 3, row, unit, of_input, of_hidden);
-    if (s.peephole) at_o += peephole(s, 2, unit) * value;
-    const T out = activated(s.gate, at_o) * activated(s.output, seen);
-    const bool running = runs(s, row);
-    if (running) {
-        T next = value;
-        if (s.keep_c)
-            next = s.keep_c[place] * c + (T(1) - s.keep_c[place]) * value;
-        else if (s.zoneout_c > T(0))
-            next = s.zoneout_c * c + (T(1) - s.zoneout_c) * value;
+    const T out = new_h(s, w, sum_of(s, w, 3, row, unit, of_hidden), value, of_c);
+    if (runs(s, row)) {
+        const T next = kept(c, value, s.keep_c != nullptr, s.keep_c ? s.keep_c[place] : T(0), s.zoneout_c);
         s.c[place] = next;
         if (s.cells.data) s.cells.data[row * s.cells.row + unit] = next;
     } else if (s.cells.data) {
@@ -163,13 +109,13 @@ __global__ void gates(const Argument<T> argument) {
     for (std::int64_t at = std::int64_t{blockIdx.x} * threads + threadIdx.x; at < count;
          at += std::int64_t{gridDim.x} * threads) {
         const std::int64_t row = at / s.hidden_size, unit = at % s.hidden_size;
+        const UnitWeights<T> w = unit_weights(s, unit);
         const T c = c_before(s, row, unit);
-        const T value = new_c(s, row, unit, c, none, none);
-        finish_unit(s, argument.projects, row, unit, c, value, value, none, none);
+        finish_unit(s, w, argument.projects, row, unit, c, raw_c(s, w, row, unit, c, none), none, none);
     }
 }
 
-/// Mean and 1 / sqrt(variance + 1e-5) of a row, the same in all threads.
+/// Of a row, the same in all threads.
 template <class T>
 __device__ Normal<T> normal(const T* values, std::int64_t count, T* memory) {
     T sum = 0;
@@ -177,8 +123,7 @@ __device__ Normal<T> normal(const T* values, std::int64_t count, T* memory) {
     const T mean = block_combine(sum, memory, Add{}) / static_cast<T>(count);
     T squares = 0;
     for (std::int64_t at = threadIdx.x; at < count; at += threads) squares += (values[at] - mean) * (values[at] - mean);
-    const T variance = block_combine(squares, memory, Add{}) / static_cast<T>(count);
-    return {mean, T(1) / static_cast<T>(sqrt(variance + T(1e-5)))};
+    return normal_of(mean, block_combine(squares, memory, Add{}), static_cast<T>(count));
 }
 
 /// A block a row, since a row's sums are normalised together, and its c' again; a thread keeps to its units.
@@ -188,17 +133,28 @@ __global__ void normalised_gates(const Argument<T> argument) {
     T* memory = reinterpret_cast<T*>(shared_memory());
     const std::int64_t units = s.hidden_size, width = (s.coupled ? 3 : 4) * units;
     for (std::int64_t row = blockIdx.x; row < s.batch; row += gridDim.x) {
-        const Normal<T> of_input = normal(s.input_sums + row * width, width, memory);
         const Normal<T> of_hidden = normal(s.hidden_sums + row * width, width, memory);
         T* raw = s.m + row * units;
         for (std::int64_t unit = threadIdx.x; unit < units; unit += threads)
-            raw[unit] = new_c(s, row, unit, c_before(s, row, unit), of_input, of_hidden);
+            raw[unit] = raw_c(s, unit_weights(s, unit), row, unit, c_before(s, row, unit), of_hidden);
         block_sync();
         const Normal<T> of_c = normal(raw, units, memory);
-        for (std::int64_t unit = threadIdx.x; unit < units; unit += threads) {
-            const T value = raw[unit];
-            const T seen = (value - of_c.mean) * of_c.inverse * s.norm_c[unit] + s.norm_c_bias[unit];
-            finish_unit(s, argument.projects, row, unit, c_before(s, row, unit), value, seen, of_input, of_hidden);
+        for (std::int64_t unit = threadIdx.x; unit < units; unit += threads)
+            finish_unit(s, unit_weights(s, unit), argument.projects, row, unit, c_before(s, row, unit), raw[unit],
+                        of_hidden, of_c);
+    }
+}
+
+template <class T>
+__global__ void normalise_inputs(const VariantInputs<T> call) {
+    T* memory = reinterpret_cast<T*>(shared_memory());
+    const std::int64_t units = call.hidden_size, width = (call.coupled ? 3 : 4) * units;
+    for (std::int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
+        T* const sums = call.sums + row * width;
+        const Normal<T> of_row = normal(sums, width, memory);
+        for (std::int64_t at = threadIdx.x; at < width; at += threads) {
+            const std::int64_t skipped = call.coupled && call.expanded && at >= units ? units : 0;
+            sums[at] = of_row(sums[at]) * call.norm_ih[at + skipped];
         }
     }
 }
@@ -220,7 +176,7 @@ template <class T>
 const char* variant_step(const VariantStep<T>& step, bool projects, void* stream) {
     if (step.batch == 0) return nullptr;
     const Argument<T> argument{step, projects};
-    if (step.norm_ih)
+    if (step.norm_hh)
         return launch(normalised_gates<T>, blocks_of(step.batch, 1), dim3(threads), 32 * sizeof(T), stream, argument);
     return launch(gates<T>, blocks_of(step.batch * step.hidden_size, threads), dim3(threads), 0, stream, argument);
 }
@@ -231,7 +187,14 @@ const char* variant_project(const VariantStep<T>& step, void* stream) {
     return launch(project<T>, blocks_of(step.batch * step.recurrent_size, threads), dim3(threads), 0, stream, step);
 }
 
+template <class T>
+const char* variant_inputs(const VariantInputs<T>& call, void* stream) {
+    if (call.rows == 0) return nullptr;
+    return launch(normalise_inputs<T>, blocks_of(call.rows, 1), dim3(threads), 32 * sizeof(T), stream, call);
+}
+
 #define CELLSTEP_INSTANTIATE(T)                                               \
+    template const char* variant_inputs<T>(const VariantInputs<T>&, void*);   \
     template const char* variant_begin<T>(const VariantStep<T>&, void*);      \
     template const char* variant_step<T>(const VariantStep<T>&, bool, void*); \
     template const char* variant_project<T>(const VariantStep<T>&, void*);
