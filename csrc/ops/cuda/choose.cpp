@@ -22,10 +22,24 @@ std::int64_t rows_each(const Call& call, int stages) {
     return std::int64_t(call.steps.batch) * stages / (call.multiprocessors > 0 ? call.multiprocessors : 1);
 }
 
+/// Multiply-adds of a step and gate: what a step on the chip and one that reads the weights again differ by.
+template <class Call>
+std::int64_t work(const Call& call) {
+    return std::int64_t(call.steps.batch) * call.directions * call.hidden_size * call.hidden_size;
+}
+
 // The table: the first rule that suits a call and whose kernel fits it. A block with few rows is as fast as it gets
 // with its weights in registers; tensor cores pay from about eight rows a block, and where rows are so many that every
-// multiprocessor has dozens, what counts is how many of them one block takes. No rule names `cluster` before its blocks
-// have been seen to exchange values on a device; CELLSTEP_CUDA_KERNEL alone takes it.
+// multiprocessor has dozens, what counts is how many of them one block takes.
+//
+// The rules of `cluster` are derived, in clocks of an H100 a step: no device has seen its blocks exchange values yet,
+// and CELLSTEP_CUDA_KERNEL=plain is the way around them. A meeting costs a cluster about 500 and a grid 2,000; products
+// 8 for each 2,048 multiply-adds of one of a multiprocessor's four schedulers, and weights that no register holds one
+// for each 128 bytes. One block with H = 160 takes 1,150 a step of 8 rows on tensor cores, 2,000 in float32 sums, and
+// 2,150 with H = 224; a cluster takes 1,060 and 1,090 to 1,300, as long as its blocks find idle multiprocessors.
+// Backward the cluster sends four times as much, and takes 1,440 to 1,760 with H = 224. Where no block holds the
+// weights, the other road is torch's product in every step: 12,000 for its launches, and then little for each row, so
+// that many rows of many units are faster there; so are a few steps, for which all weights would be fetched.
 
 struct ForwardRule {
     Kernel kernel;
@@ -37,11 +51,17 @@ const ForwardRule forward_rules[] = {
      [](const Forward& call) {
          return call.hidden_size <= 64 && rows_each(call, 1) >= (call.hidden_size <= 32 ? 8 : 16);
      }},
+    {Kernel::cluster,
+     [](const Forward& call) {
+         return call.hidden_size > 144 && rows_each(call, call.directions) < 1 &&
+                cluster_tensor_fits(call, {ClusterForm::cluster});
+     }},
     {Kernel::tensor,
      [](const Forward& call) { return is_narrow(call.type) && rows_each(call, call.layers * call.directions) >= 2; }},
     {Kernel::block, [](const Forward&) { return true; }},
     {Kernel::rows, [](const Forward&) { return true; }},
     {Kernel::tensor, [](const Forward&) { return true; }},
+    {Kernel::cluster, [](const Forward& call) { return call.steps.steps >= 4 && work(call) <= 250'000'000; }},
 };
 
 struct BackwardRule {
@@ -50,10 +70,16 @@ struct BackwardRule {
 };
 
 const BackwardRule backward_rules[] = {
+    {Kernel::cluster,
+     [](const Backward& call) {
+         return call.hidden_size > 192 && rows_each(call, call.directions) < 1 &&
+                cluster_tensor_fits(call, {ClusterForm::cluster});
+     }},
     {Kernel::tensor,
      [](const Backward& call) { return is_narrow(call.type) && rows_each(call, call.directions) >= 2; }},
     {Kernel::block, [](const Backward&) { return true; }},
     {Kernel::tensor, [](const Backward&) { return true; }},
+    {Kernel::cluster, [](const Backward& call) { return call.steps.steps >= 4 && work(call) <= 100'000'000; }},
 };
 
 template <class Call>
@@ -102,8 +128,12 @@ Choice choose(const char* op, const Forward* whole, const Forward& layer) {
         if (!fits(*kernel, layer)) refuse(op, *kernel, layer.hidden_size);
         return {*kernel, false};
     }
-    const Kernel kernel = whole ? first_of(forward_rules, *whole) : Kernel::plain;
-    if (kernel != Kernel::plain) return {kernel, true};
+    // In one launch the layers of a stack run beside one another: what can do that comes before what cannot.
+    const bool stack = whole && whole->layers > 1;
+    for (const ForwardRule& rule : forward_rules) {
+        if (whole && rule.suits(*whole) && fits(rule.kernel, *whole)) return {rule.kernel, true};
+        if (!stack && rule.suits(layer) && fits(rule.kernel, layer)) return {rule.kernel, false};
+    }
     return {first_of(forward_rules, layer), false};
 }
 
