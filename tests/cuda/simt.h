@@ -134,7 +134,8 @@ T* remote(T* shared, int rank) {
 using Arrivals = std::uint64_t;
 inline void begin_arrivals(Arrivals* arrivals) { __atomic_store_n(arrivals, 0, __ATOMIC_RELEASE); }
 inline void expect_arrivals(Arrivals*, int) {}
-inline void send_16(unsigned char* shared, const uint4& value, Arrivals* arrivals, int rank) {
+template <class Word>
+void send_word(unsigned char* shared, const Word& value, Arrivals* arrivals, int rank) {
     std::memcpy(remote(shared, rank), &value, sizeof(value));
     __atomic_fetch_add(remote(arrivals, rank), sizeof(value), __ATOMIC_RELEASE);
 }

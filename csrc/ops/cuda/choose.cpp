@@ -12,7 +12,7 @@ namespace cuda {
 
 namespace {
 
-constexpr const char* names[] = {"plain", "rows", "block", "tensor", "cluster"};
+constexpr const char* names[] = {"plain", "rows", "block", "tensor", "cluster", "cluster_float"};
 
 bool is_narrow(DataType type) { return value_bytes(type) == 2; }
 
@@ -94,6 +94,8 @@ bool fits(Kernel kernel, const Call& call) {
             return tensor_fits(call);
         case Kernel::cluster:
             return cluster_tensor_fits(call);
+        case Kernel::cluster_float:
+            return cluster_float_fits(call);
         default:
             return true;
     }
@@ -109,9 +111,10 @@ Kernel first_of(const Rules& rules, const Call& call) {
 std::optional<Kernel> forced(const char* op) {
     const char* text = std::getenv("CELLSTEP_CUDA_KERNEL");
     if (!text || !*text) return std::nullopt;
-    for (int kernel = 0; kernel < 5; ++kernel)
+    for (int kernel = 0; kernel < 6; ++kernel)
         if (std::string(text) == names[kernel]) return static_cast<Kernel>(kernel);
-    ops::fail(op, ": expected CELLSTEP_CUDA_KERNEL as plain, rows, block, tensor or cluster, got ", text, ": unset it");
+    ops::fail(op, ": expected CELLSTEP_CUDA_KERNEL as plain, rows, block, tensor, cluster or cluster_float, got ", text,
+              ": unset it");
 }
 
 [[noreturn]] void refuse(const char* op, Kernel kernel, int hidden_size) {
@@ -152,15 +155,24 @@ const char* start(Kernel kernel, const Forward& call) {
             return block_forward(call);
         case Kernel::cluster:
             return cluster_tensor_forward(call);
+        case Kernel::cluster_float:
+            return cluster_float_forward(call);
         default:
             return tensor_forward(call);
     }
 }
 
 const char* start(Kernel kernel, const Backward& call) {
-    return kernel == Kernel::block     ? block_backward(call)
-           : kernel == Kernel::cluster ? cluster_tensor_backward(call)
-                                       : tensor_backward(call);
+    switch (kernel) {
+        case Kernel::block:
+            return block_backward(call);
+        case Kernel::cluster:
+            return cluster_tensor_backward(call);
+        case Kernel::cluster_float:
+            return cluster_float_backward(call);
+        default:
+            return tensor_backward(call);
+    }
 }
 
 std::size_t progress_words(Kernel kernel, const Forward& call) {
@@ -171,13 +183,22 @@ std::size_t progress_words(Kernel kernel, const Forward& call) {
             return tensor_progress_words(call);
         case Kernel::cluster:
             return cluster_tensor_progress_words(call);
+        case Kernel::cluster_float:
+            return cluster_float_progress_words(call);
         default:
             return 0;
     }
 }
 
 std::size_t progress_words(Kernel kernel, const Backward& call) {
-    return kernel == Kernel::cluster ? cluster_tensor_progress_words(call) : 0;
+    switch (kernel) {
+        case Kernel::cluster:
+            return cluster_tensor_progress_words(call);
+        case Kernel::cluster_float:
+            return cluster_float_progress_words(call);
+        default:
+            return 0;
+    }
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-/// The one place that says which kernel does a call. CELLSTEP_CUDA_KERNEL=plain, rows, block, tensor or cluster
-/// in the environment forces one, for tests.
+/// The one place that says which kernel does a call. CELLSTEP_CUDA_KERNEL=plain, rows, block, tensor, cluster
+/// or cluster_float in the environment forces one, for tests.
 #pragma once
 
 #include "kernels.h"
@@ -7,7 +7,7 @@
 namespace cellstep {
 namespace cuda {
 
-enum class Kernel { plain, rows, block, tensor, cluster };
+enum class Kernel { plain, rows, block, tensor, cluster, cluster_float };
 
 struct Choice {
     Kernel kernel;

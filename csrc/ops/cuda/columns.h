@@ -91,12 +91,13 @@ struct Place {
     int part = lane / groups;
 };
 
-/// A lane's share of the weights: four for each of its columns, or five.
+/// A lane's share of the weights: four for each of its columns, or five. Where Lanes is 0, `lanes` is set first.
 template <int Lanes, int Held, int Rows>
 struct HeldWeights {
     static constexpr int chunk = 4 / Rows;
     static constexpr bool fifth = has_fifth(Held);
     static_assert(Held % chunk == 0, "whole chunks in registers");
+    int lanes = Lanes;  ///< of a group
     float4 held[Held];
     float held_fifth[fifth ? Held : 1];
     const float4* rest;
@@ -106,7 +107,7 @@ struct HeldWeights {
     /// `column(k)`: the four weights of column k; `fifth_column(k)`: the fifth.
     template <class Column, class FifthColumn>
     __device__ void fill(float4* shared, int slots, int part, const Column& column, const FifthColumn& fifth_column) {
-        const auto place = [&](int slot) { return (slot / chunk * Lanes + part) * chunk + slot % chunk; };
+        const auto place = [&](int slot) { return (slot / chunk * lanes + part) * chunk + slot % chunk; };
         float* const shared_fifth = reinterpret_cast<float*>(shared + (slots - Held) * blockDim.x);
 #pragma unroll
         for (int slot = 0; slot < Held; ++slot) {
@@ -157,9 +158,9 @@ struct HeldWeights {
                 weights[k] = held[at * chunk + k];
                 weights_fifth[k] = fifth ? held_fifth[at * chunk + k] : 0.0f;
             }
-            add(sums, weights, weights_fifth, chunks[at * Lanes]);
+            add(sums, weights, weights_fifth, chunks[at * lanes]);
         }
-        chunks += Held / chunk * Lanes;
+        chunks += Held / chunk * lanes;
 #pragma unroll(fifth ? 1 : 2)
         for (int at = 0; at < rest_chunks; ++at) {
             float4 weights[chunk];
@@ -172,7 +173,7 @@ struct HeldWeights {
             add(sums, weights, weights_fifth, *chunks);
             more += chunk * blockDim.x;
             more_fifth += chunk * blockDim.x;
-            chunks += Lanes;
+            chunks += lanes;
         }
     }
 };
@@ -297,6 +298,22 @@ struct GateColumns {
         const int gate = gate_of(which);
         return k < hidden_size ? to_float(hh[gate * hh_gate + k * hh_column])
                                : to_float(ih[gate * ih_gate + (k - hidden_size) * ih_column]);
+    }
+};
+
+/// Column k of weight_hh for the four gates of a unit, of any type: a kernel that has many forms is less code so.
+struct AnyGateColumns {
+    const WeightView& view;
+    DataType type;
+    int unit, hidden_size;
+
+    __device__ float4 operator()(int k) const {
+        const std::int64_t at = unit / 16 * view.panel + unit % 16 * view.unit + k * view.column;
+        const bool exists = unit < hidden_size && k < hidden_size;
+        const auto weight = [&](int gate) {
+            return exists ? decode(load(view.data, type, at + gate * view.gate), type) : 0.0f;
+        };
+        return make_float4(weight(0), weight(2), weight(1), weight(3));
     }
 };
 

@@ -180,13 +180,31 @@ __device__ inline void expect_arrivals(Arrivals* arrivals, int bytes) {
                  : "memory");
 }
 
-/// Puts 16 bytes to the same place in the cluster's block `rank`, whose arrivals count them.
-__device__ inline void send_16(unsigned char* shared, const uint4& value, Arrivals* arrivals, int rank) {
+/// Puts 16, 8 or 4 bytes to the same place in the cluster's block `rank`, whose arrivals count them.
+__device__ inline void send_word(unsigned char* shared, const uint4& value, Arrivals* arrivals, int rank) {
     asm volatile(
         "{\n.reg .b32 to, word;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 word, %1, %2;\n"
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [to], {%3, %4, %5, %6}, [word];\n}" ::"r"(
             shared_address(shared)),
         "r"(shared_address(arrivals)), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+        : "memory");
+}
+
+__device__ inline void send_word(unsigned char* shared, const uint2& value, Arrivals* arrivals, int rank) {
+    asm volatile(
+        "{\n.reg .b32 to, word;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 word, %1, %2;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [to], {%3, %4}, [word];\n}" ::"r"(
+            shared_address(shared)),
+        "r"(shared_address(arrivals)), "r"(rank), "r"(value.x), "r"(value.y)
+        : "memory");
+}
+
+__device__ inline void send_word(unsigned char* shared, unsigned value, Arrivals* arrivals, int rank) {
+    asm volatile(
+        "{\n.reg .b32 to, word;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 word, %1, %2;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [to], %3, [word];\n}" ::"r"(
+            shared_address(shared)),
+        "r"(shared_address(arrivals)), "r"(rank), "r"(value)
         : "memory");
 }
 

@@ -51,14 +51,15 @@ struct Exchange {
         return sharing.space +
                static_cast<std::size_t>(slot() * 2 + (step & 1)) * static_cast<std::size_t>(sharing.bytes);
     }
-    /// Puts 16 bytes at `place` of the values of step `step`, which comes next. Lanes share the parts: this one has
-    /// those from `first` on that are `apart` apart.
-    __device__ void send(int step, int place, const uint4& value, int first, int apart) const {
+    /// Puts a word of 16, 8 or 4 bytes at `place` of the values of step `step`, which comes next. Lanes share the
+    /// parts: this one has those from `first` on that are `apart` apart.
+    template <class Word>
+    __device__ void send(int step, int place, const Word& value, int first, int apart) const {
         if constexpr (Clusters) {
             for (int rank = first; rank < sharing.busy; rank += apart)
-                send_16(values(step) + place, value, arrivals(step), rank);
+                send_word(values(step) + place, value, arrivals(step), rank);
         } else if (first == 0) {
-            memcpy(__builtin_assume_aligned(space(step) + place, 16), &value, 16);
+            memcpy(__builtin_assume_aligned(space(step) + place, sizeof(Word)), &value, sizeof(Word));
         }
     }
     /// All parts' values of step `step` are here; those of step 0 each part has put there itself. In a cluster nothing

@@ -135,6 +135,16 @@ bool cluster_tensor_fits(const Backward& call, ClusterForm form = {});
 std::size_t cluster_tensor_progress_words(const Backward& call, ClusterForm form = {});
 const char* cluster_tensor_backward(const Backward& call, ClusterForm form = {});
 
+/// cluster_float.cu: the same with sums in float; any number of parts. float32, float16, bfloat16.
+bool cluster_float_fits(const Forward& call, ClusterForm form = {});
+std::size_t cluster_float_progress_words(const Forward& call, ClusterForm form = {});
+const char* cluster_float_forward(const Forward& call, ClusterForm form = {});
+
+/// cluster_float_backward.cu: the way back of that.
+bool cluster_float_fits(const Backward& call, ClusterForm form = {});
+std::size_t cluster_float_progress_words(const Backward& call, ClusterForm form = {});
+const char* cluster_float_backward(const Backward& call, ClusterForm form = {});
+
 /// rows.cu: H to 64, any number of rows: a block takes many rows through all layers. All types.
 bool rows_fits(const Forward& call);
 const char* rows_forward(const Forward& call);

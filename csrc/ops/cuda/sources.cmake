@@ -1,5 +1,6 @@
 # The kernels, and the operators that call them: what the CUDA library and its emulation are built of.
-set(CELLSTEP_CUDA_KERNELS activate.cu block.cu cluster_tensor.cu pointwise.cu rows.cu tensor.cu unpack.cu variant.cu)
+set(CELLSTEP_CUDA_KERNELS activate.cu block.cu cluster_float.cu cluster_float_backward.cu cluster_tensor.cu pointwise.cu
+                          rows.cu tensor.cu unpack.cu variant.cu)
 set(CELLSTEP_CUDA_OPERATORS activate.cpp choose.cpp dense.cpp layers.cpp library.cpp lstm_cell.cpp lstm_layer.cpp
                             lstm_layers.cpp lstm_packed.cpp lstm_variant.cpp plain.cpp run_records.cpp)
 foreach(kind KERNELS OPERATORS)

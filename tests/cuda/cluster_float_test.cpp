@@ -1,0 +1,129 @@
+/// cluster_float.cu and cluster_float_backward.cu on the emulated device.
+#include "tensor_cases.h"
+
+namespace {
+
+struct Start {
+    ClusterForm form;
+
+    template <class Call, class Run>
+    const char* run(Call& call, const Run& function) const {
+        if (!cluster_float_fits(call, form)) return "cluster_float_fits";
+        std::vector<int> progress(cluster_float_progress_words(call, form) + 1);
+        call.progress = progress.data();
+        const int last = progress.back() = 12345;
+        if (const char* error = function(call, form)) return error;
+        return progress.back() == last ? nullptr : "wrote behind progress";
+    }
+    const char* operator()(Forward& call) const { return run(call, cluster_float_forward); }
+    const char* operator()(Backward& call) const { return run(call, cluster_float_backward); }
+};
+
+/// Ways to give rows and steps: 0 padded, 1 lengths, 2 packed; each with and without what else there is.
+void ways(int H, int N, int T, unsigned seed, ClusterForm form, int multiprocessors = 132, int directions = 0) {
+    const int way = static_cast<int>(seed % 3);
+    Case c = {};
+    c.H = H;
+    c.N = N;
+    c.T = T;
+    c.I = 1;
+    c.L = 1;
+    c.D = directions ? directions : 1 + static_cast<int>(seed / 3 % 2);
+    c.packed = way == 2;
+    c.lengths = way == 1;
+    c.biased = seed % 5 != 0;
+    c.panels = seed % 4 == 0;
+    c.initials = seed % 4 < 2;
+    c.save = seed % 7 != 0;
+    c.reset = !c.packed && seed % 8 != 1;
+    c.reverse = c.D == 1 && seed % 2 == 1;
+    c.sums = true;
+    c.multiprocessors = multiprocessors;
+    c.wide = true;
+    const Start start{form};
+    const auto both_ways = [&](auto zero, DataType type) {
+        forward<decltype(zero)>(c, type, seed, start);
+        backward<decltype(zero)>(c, type, seed, seed % 4 == 3, start);
+    };
+    if (seed % 5 == 1)
+        both_ways(__half(), DataType::float16);
+    else if (seed % 5 == 3)
+        both_ways(__nv_bfloat16(), DataType::bfloat16);
+    else
+        both_ways(float(), DataType::float32);
+}
+
+Forward call_of(int H, int N, int D) {
+    static const float something = 0;
+    Forward call = {};
+    call.type = DataType::float32;
+    call.steps.steps = 1;
+    call.steps.batch = N;
+    call.steps.tokens = N;
+    call.hidden_size = H;
+    call.layers = 1;
+    call.directions = D;
+    call.sums = &something;
+    call.multiprocessors = 132;
+    return call;
+}
+
+/// Which sizes each form takes, on a device of 132 multiprocessors.
+void sizes() {
+    for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid})
+        for (const int batch : {1, 16}) {
+            int most = 0;
+            for (int H = 1; H <= 2048; ++H)
+                if (cluster_float_fits(call_of(H, batch, 1), {exchange, 0})) {
+                    if (most + 1 != H) std::printf("%d fits, %d does not\n", H, H - 1);
+                    most = H;
+                }
+            std::printf("%s, %d rows: H to %d\n", exchange == ClusterForm::cluster ? "cluster" : "grid", batch, most);
+        }
+    Forward without_sums = call_of(64, 16, 1), doubles = call_of(64, 16, 1);
+    without_sums.sums = nullptr;
+    doubles.type = DataType::float64;
+    if (cluster_float_fits(without_sums) || cluster_float_fits(doubles)) std::printf("fits what it cannot do\n");
+}
+
+}  // namespace
+
+/// cluster, grid, chosen: sweeps; few: some of all, for other seeds and sanitizers; sizes: which H fit.
+int main(int count, char** arguments) {
+    const std::string what = count > 1 ? arguments[1] : "few";
+    unsigned seed = 1;
+    if (what == "sizes") sizes();
+    if (what == "cluster") {
+        for (int parts = 1; parts <= 16; ++parts)
+            ways(5 + parts * 7, 1 + parts * 3 % 11, 5, seed++, {ClusterForm::cluster, parts});
+        // One row of lanes that send less than 16 bytes.
+        for (const int H : {3, 100, 256}) ways(H, 1, 4, seed++, {ClusterForm::cluster, 16});
+        ways(528, 2, 2, seed++, {ClusterForm::cluster, 16}, 132, 1);
+    }
+    if (what == "grid") {
+        for (int parts = 1; parts <= 20; ++parts)
+            ways(8 + parts * 5, 1 + parts * 5 % 17, 5, seed++, {ClusterForm::grid, parts});
+        // Launches one behind the other, as few blocks may run at once; sizes of a long row.
+        ways(60, 40, 4, seed++, {ClusterForm::grid, 3}, 7);
+        ways(60, 40, 4, seed++, {ClusterForm::grid, 4}, 4);
+        ways(521, 3, 2, seed++, {ClusterForm::grid, 65}, 132, 1);
+    }
+    if (what == "chosen") {
+        for (const int H : {20, 130, 260}) ways(H, 9, 3, seed++, {});
+        for (const int N : {1, 2, 3, 5, 40, 300}) ways(40, N, 3, seed++, {}, 132, 2);
+    }
+    if (what == "few") {
+        for (const int parts : {1, 2, 7}) ways(44, 11, 4, seed++, {ClusterForm::cluster, parts});
+        for (const int parts : {3, 5}) ways(44, 11, 4, seed++, {ClusterForm::grid, parts});
+        ways(70, 1, 4, seed++, {ClusterForm::cluster, 13});
+        ways(70, 18, 4, seed++, {ClusterForm::grid, 2}, 2);
+    }
+    // One row, one step; no step; no row.
+    if (what != "sizes")
+        for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid}) {
+            ways(20, 1, 1, seed++, {exchange, 2});
+            ways(20, 5, 0, seed++, {exchange, 2});
+            ways(20, 0, 4, seed++, {exchange, 2});
+        }
+    std::printf("%d cases, digest %016llx\n", cases, static_cast<unsigned long long>(digest));
+}
