@@ -15,7 +15,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 #: As CELLSTEP_CUDA_KERNEL names them; "" leaves the choice to the table.
-KERNELS = ("", "plain", "rows", "block", "tensor", "cluster")
+KERNELS = ("", "plain", "rows", "block", "tensor", "cluster", "cluster_float")
 #: Greatest error beside the greatest value of what is compared. float32: that of sums of a few hundred terms and two
 #: approximations of 1e-7 each. 16 bits: h is rounded in every step and gates and cells are kept so for the backward
 #: pass, by half a unit in the last place each (2^-11 and 2^-8 of a value), through a few steps that forget.
@@ -288,4 +288,6 @@ def takes(kernel: str, dtype: torch.dtype, units: int, directions: int = 1) -> b
         return dtype != torch.float64 and units <= (220 if narrow else 150)
     if kernel == "cluster":
         return narrow
+    if kernel == "cluster_float":
+        return dtype != torch.float64 and units <= 1580
     return narrow and units <= 220 if kernel == "tensor" else True
