@@ -5,8 +5,8 @@ The reference is torch's own LSTM in float64, run on each row and direction by i
 
 import itertools
 
-import pytest
 import problems
+import pytest
 import torch
 
 # What values in 16 bits lose: the products round to 8 or 11 bits, a gate's sum of up to about 4 has an error of 2^-7 or
