@@ -4,8 +4,9 @@
 
 The machine needs Python 3.10 with a CUDA build of torch 2.11 or later, nvcc, CMake and pybind11; everything else is
 used where it is there. --wheels names a folder of wheels to take absent packages from (`pip download -d build/wheels
-pytest numpy hypothesis`), --libraries one with libcellstep_ops.so, libcellstep_ops_cuda.so and _runtime*.so that were
-built elsewhere: where the GPU is there for minutes, the build is to be done before.
+pytest numpy hypothesis flashrnn`), --libraries one with libcellstep_ops.so, libcellstep_ops_cuda.so and _runtime*.so
+that were built elsewhere, and cuda_probe (of benchmarks/cuda_probe.cu), without which nvcc builds it: where the GPU is
+there for minutes, all that is to be done before.
 
 Tests and sanitizers come first and run beside one another, as what they wait for is the processor; then the tables
 alone. Each part has its own time, and one that fails, hangs or runs out of time stops no other. OUT holds what each
@@ -36,6 +37,7 @@ BUILD = ROOT / "build" / "cuda-check"
 #: All that is loaded: cellstep.nn and cellstep.ops need torch alone.
 PACKAGE = BUILD / "python"
 LIBRARIES = ("libcellstep_ops.so", "libcellstep_ops_cuda.so")
+PROBE = BUILD / "cuda_probe"
 EMULATION = "libcellstep_ops_emulated.so"
 #: Seconds of all parts together: ten minutes of a GPU are to do.
 LIMIT = 570.0
@@ -143,6 +145,8 @@ class Check:
     def environment(self) -> dict[str, str]:
         path = [str(PACKAGE), str(BUILD / "packages"), os.environ.get("PYTHONPATH", "")]
         found = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONDONTWRITEBYTECODE": "1"}
+        if PROBE.exists():
+            found["CELLSTEP_CUDA_PROBE"] = str(PROBE)
         if self.dry_run:
             found["CELLSTEP_EMULATED_LIBRARY"] = str(BUILD / "cmake" / "tests" / "cuda" / EMULATION)
         return found
@@ -228,6 +232,7 @@ def build(check: Check, libraries: Path | None) -> bool:
             return False
         libraries = BUILD / "cmake"
     shutil.rmtree(PACKAGE, ignore_errors=True)
+    PROBE.unlink(missing_ok=True)
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "lib")
     shutil.copytree(ROOT / "python" / "cellstep", PACKAGE / "cellstep", ignore=ignore)
     (PACKAGE / "cellstep" / "lib").mkdir()
@@ -240,6 +245,8 @@ def build(check: Check, libraries: Path | None) -> bool:
     if module is None:
         return check.add("libraries", False, f"expected the module _runtime in '{libraries}'; got none").passed
     shutil.copy2(module, PACKAGE / "cellstep" / module.name)
+    if probe := next((path for path in libraries.rglob("cuda_probe") if path.is_file()), None):
+        shutil.copy2(probe, PROBE)
     return True
 
 
