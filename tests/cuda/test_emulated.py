@@ -274,6 +274,7 @@ def test_the_table_has_a_kernel_for_every_size(emulated, poisoned, monkeypatch, 
 def test_weights_over_all_of_the_chip(emulated, poisoned, monkeypatch, kernel, dtype, batch, hidden):
     """Of layers that a cluster holds forward and backward, in one of both, and in neither."""
     force(monkeypatch, kernel, dtype)
+    monkeypatch.setenv("CELLSTEP_SIMT_MULTIPROCESSORS", "132")
     case = Case(2, batch, 2, hidden, dtype=dtype)
     check(emulated, case.with_lengths() if batch > 2 else case)
 
