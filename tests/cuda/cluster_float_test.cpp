@@ -95,28 +95,29 @@ int main(int count, char** arguments) {
     if (what == "sizes") sizes();
     if (what == "cluster") {
         for (int parts = 1; parts <= 16; ++parts)
-            ways(5 + parts * 7, 1 + parts * 3 % 11, 5, seed++, {ClusterForm::cluster, parts});
+            ways(5 + parts * 6, 1 + parts * 3 % 11, 5, seed++, {ClusterForm::cluster, parts});
         // One row of lanes that send less than 16 bytes.
         for (const int H : {3, 100, 256}) ways(H, 1, 4, seed++, {ClusterForm::cluster, 16});
         ways(528, 2, 2, seed++, {ClusterForm::cluster, 16}, 132, 1);
     }
     if (what == "grid") {
-        for (int parts = 1; parts <= 20; ++parts)
+        for (int parts = 1; parts <= 20; parts += 1 + parts / 6)
             ways(8 + parts * 5, 1 + parts * 5 % 17, 5, seed++, {ClusterForm::grid, parts});
         // Launches one behind the other, as few blocks may run at once; sizes of a long row.
-        ways(60, 40, 4, seed++, {ClusterForm::grid, 3}, 7);
-        ways(60, 40, 4, seed++, {ClusterForm::grid, 4}, 4);
-        ways(521, 3, 2, seed++, {ClusterForm::grid, 65}, 132, 1);
+        ways(60, 20, 4, seed++, {ClusterForm::grid, 3}, 7);
+        ways(60, 20, 4, seed++, {ClusterForm::grid, 4}, 4);
+        ways(521, 2, 2, seed++, {ClusterForm::grid, 33}, 132, 1);
     }
     if (what == "chosen") {
         for (const int H : {20, 130, 260}) ways(H, 9, 3, seed++, {});
-        for (const int N : {1, 2, 3, 5, 40, 300}) ways(40, N, 3, seed++, {}, 132, 2);
+        for (const int N : {1, 2, 3, 5, 40}) ways(40, N, 3, seed++, {}, 132, 2);
+        ways(12, 300, 3, seed++, {}, 132, 2);
     }
     if (what == "few") {
-        for (const int parts : {1, 2, 7}) ways(44, 11, 4, seed++, {ClusterForm::cluster, parts});
-        for (const int parts : {3, 5}) ways(44, 11, 4, seed++, {ClusterForm::grid, parts});
-        ways(70, 1, 4, seed++, {ClusterForm::cluster, 13});
-        ways(70, 18, 4, seed++, {ClusterForm::grid, 2}, 2);
+        for (const int parts : {1, 2, 7}) ways(9 + parts * 2, 5, 4, seed++, {ClusterForm::cluster, parts});
+        for (const int parts : {3, 5}) ways(22, 5, 4, seed++, {ClusterForm::grid, parts});
+        ways(26, 1, 4, seed++, {ClusterForm::cluster, 13});
+        ways(14, 9, 4, seed++, {ClusterForm::grid, 2}, 2);
     }
     // One row, one step; no step; no row.
     if (what != "sizes")

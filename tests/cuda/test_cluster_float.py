@@ -1,11 +1,12 @@
-"""Weights over several blocks (csrc/ops/cuda/cluster_float.cu), emulated, against the formula in double."""
+"""Weights over several blocks (csrc/ops/cuda/cluster_float.cu, cluster_float_backward.cu), emulated, against the formula in double."""
 
 from pathlib import Path
 
 import pytest
 from test_simt import HERE, ROOT, build, run
 
-SOURCES = [HERE / "cluster_float_test.cpp", ROOT / "csrc/ops/cuda/cluster_float.cu"]
+SOURCES = [HERE / "cluster_float_test.cpp"]
+SOURCES += [ROOT / "csrc/ops/cuda" / name for name in ("cluster_float.cu", "cluster_float_backward.cu")]
 
 
 @pytest.fixture(scope="module")

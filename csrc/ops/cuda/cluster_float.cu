@@ -53,7 +53,7 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         const Seat seat(spread, static_cast<int>(threadIdx.x));
         const int unit = course.first_quad + seat.quad;
         weights.fill(reinterpret_cast<float4*>(memory + spread.rest_at), spread.share, seat.column,
-                     AnyGateColumns{stage.weight_hh, type, unit, H}, [](int) { return 0.0f; });
+                     AnyGateColumns(stage.weight_hh, type, unit, H), [](int) { return 0.0f; });
         float bias[4] = {};
         for (int sum = 0; sum < 4 && unit < H && seat.column == 0; ++sum)
             for (const WeightView* view : {&stage.bias_ih, &stage.bias_hh})

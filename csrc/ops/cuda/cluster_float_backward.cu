@@ -4,9 +4,9 @@
 /// type.
 ///
 /// A step's values lie in every part as panels of up to four rows, each [4 unit + gate][row]: then a unit's gradients
-/// for the rows of a panel are `rows` chunks of 16 bytes, and each thread sends one. A warp of a part has a group of
-/// four units over one slice of the columns; by way of shared memory its sums come to one thread for each unit and row,
-/// which adds up the slices in their order and goes the rest of the step alone.
+/// for the rows of a panel are `rows` chunks of 16 bytes, and each thread sends one. Half a warp of a part has a group
+/// of four units over one slice of the columns; by way of shared memory its sums come to one thread for each unit and
+/// row, which adds up the slices in their order and goes the rest of the step alone.
 #include <atomic>
 
 #include "columns.h"
@@ -16,7 +16,9 @@ namespace cellstep {
 namespace cuda {
 namespace {
 
-constexpr int lanes = 32;      // of a group
+/// Of a group. Two that stand in one warp mostly have the same slice and read its values together, without which shared
+/// memory would take as long as the products.
+constexpr int lanes = 16;
 constexpr int tokens_at = 16;  // in shared memory, behind the arrivals: of 8 steps the token of row 0 of the batch
 constexpr int header_bytes = 48;
 
@@ -114,7 +116,7 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
     unsigned char* const memory = shared_memory();
     const Exchange<Clusters> exchange = {spread, memory};
     const DataType type = call.type;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    const int thread = static_cast<int>(threadIdx.x);
     const int hidden = call.hidden_size, features = call.directions * hidden;
     const int direction = exchange.group() / spread.tiles, first_unit = exchange.part() * spread.units;
     const int tile_rows = spread.panels * Rows;
@@ -123,11 +125,14 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
     for (int row = 0; row < tile_rows; ++row) sweep.bound = max(sweep.bound, sweep.length(row));
     const int bound = sweep.bound;
 
-    const int groups = spread.units / 4, group = thread / 32 % groups, slice = thread / 32 / groups;
+    const Place<lanes> place;
+    const int groups = spread.units / 4, half = place.warp * 2 + place.group;
+    const int group = half % groups, slice = min(half / groups, spread.slices - 1);
+    const bool has_group = half < groups * spread.slices;  // else it does what another does
     const int slice_columns = spread.columns * lanes, panel_size = spread.slices * slice_columns * Rows;
     float* const partial = reinterpret_cast<float*>(memory + spread.partial_at);
     HeldWeights<lanes, Held, Rows> weights;
-    weights.fill(reinterpret_cast<float4*>(memory + spread.weights_at), spread.columns, lane,
+    weights.fill(reinterpret_cast<float4*>(memory + spread.weights_at), spread.columns, place.part,
                  SentColumns{call.weight_hh[direction], type, first_unit + group * 4, hidden, slice * slice_columns},
                  [](int) { return 0.0f; });
 
@@ -196,15 +201,16 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
 #pragma unroll 1
             for (int panel = 0; panel < spread.panels; ++panel) {
                 float sums[sums_of_group];
+                const Place<lanes> here{this_thread() / 32, this_thread() % 32};
                 weights.multiply(sums,
                                  reinterpret_cast<const float*>(exchange.values(step)) + panel * panel_size +
                                      slice * slice_columns * Rows,
-                                 this_thread() % 32);
-                deal<lanes, sums_of_group>(sums, this_thread() % 32);
+                                 here.part);
+                deal<lanes, sums_of_group>(sums, here.part);
                 constexpr int twins = lanes / sums_of_group;  // lanes with the same sum
-                const int sum = this_thread() % 32 / twins;
+                const int sum = here.part / twins;
                 const int to = (panel * spread.units + group * 4 + sum % 4) * Rows + sum / 4;
-                if (this_thread() % twins == 0) partial[slice * spread.units * tile_rows + to] = sums[0];
+                if (has_group && here.part % twins == 0) partial[slice * spread.units * tile_rows + to] = sums[0];
             }
             block_sync();
             if (takes_product) {
@@ -287,7 +293,7 @@ bool lay(int hidden, std::size_t limit, Spread* spread) {
     const int groups = spread->units / 4, rows = spread->rows * spread->panels, chunk = 4 / spread->rows;
     spread->columns = up(up(4 * hidden, spread->slices * lanes), chunk) * chunk;
     if (spread->columns < spread->held) spread->columns = spread->held;
-    spread->threads = groups * spread->slices * 32;
+    spread->threads = up(groups * spread->slices * lanes, 32) * 32;
     if (spread->threads > most_threads(spread->held) || spread->units * rows > spread->threads) return false;
     spread->busy = up(hidden, spread->units);
     spread->sent = hidden * rows * 16;
@@ -311,7 +317,7 @@ bool lay(int hidden, std::size_t limit, Spread* spread) {
 std::int64_t cycles_of(const Spread& spread) {
     const int warps = spread.threads / 32;
     const int products = up(warps, 4) * spread.columns * 4 * spread.rows;
-    const int moved = warps * (spread.columns * spread.rows + (spread.columns - spread.held) * 4);
+    const int moved = warps * (spread.columns * spread.rows * lanes / 32 + (spread.columns - spread.held) * 4);
     return spread.panels * (products > moved ? products : moved) + spread.sent / (spread.grid ? 48 : 32) +
            (spread.grid ? 2000 : 500) + 300;
 }
@@ -338,7 +344,7 @@ bool plan_of(const Backward& call, const ClusterForm& form, BackwardPlan* plan) 
             spread.tiles = up(batch, rows);
             // A cluster that has ended makes room for the next; all blocks of a grid must run at once.
             const int groups = D * spread.tiles, turns = up(groups, room);
-            for (spread.slices = 1; spread.slices * units / 4 <= most_warps; ++spread.slices)
+            for (spread.slices = 1; spread.slices * units / 4 * lanes <= 32 * most_warps; ++spread.slices)
                 for (const Choice& choice : choices) {
                     spread.held = choice.held;
                     if (!lay(hidden, limit, &spread)) continue;
@@ -352,7 +358,7 @@ bool plan_of(const Backward& call, const ClusterForm& form, BackwardPlan* plan) 
         }
     };
     const bool with_clusters = form.exchange != ClusterForm::grid, with_grid = form.exchange != ClusterForm::cluster;
-    for (int units = 4; units <= 4 * most_warps; units += 4) {
+    for (int units = 4; units <= 4 * most_warps * 32 / lanes; units += 4) {
         const int parts = form.parts > 0 ? form.parts : up(hidden, units);
         if (form.parts > 0 && units != up(up(hidden, parts), 4) * 4) continue;
         if (with_clusters && parts <= most_cluster) consider(false, parts, units);

@@ -301,19 +301,40 @@ struct GateColumns {
     }
 };
 
-/// Column k of weight_hh for the four gates of a unit, of any type: a kernel that has many forms is less code so.
+/// Column k of weight_hh, of less than 2^32 bytes, for the four gates of a unit, of any type. A kernel that has many
+/// forms has this for each column that a lane holds, so that it is to be few instructions.
 struct AnyGateColumns {
-    const WeightView& view;
-    DataType type;
-    int unit, hidden_size;
+    const unsigned char* data;
+    std::uint32_t first, gate, column;  ///< bytes
+    int columns;                        ///< 0 past the last unit
+    bool is_wide, is_half;
+    int shift;
+
+    __device__ AnyGateColumns(const WeightView& view, DataType type, int unit, int hidden_size)
+        : data(static_cast<const unsigned char*>(view.data)),
+          columns(unit < hidden_size ? hidden_size : 0),
+          is_wide(type == DataType::float32),
+          is_half(type == DataType::float16),
+          shift(type == DataType::bfloat16 ? 16 : 0) {
+        const int size = is_wide ? 4 : 2;
+        first = static_cast<std::uint32_t>((unit / 16 * view.panel + unit % 16 * view.unit) * size);
+        gate = static_cast<std::uint32_t>(view.gate * size);
+        column = static_cast<std::uint32_t>(view.column * size);
+    }
+
+    __device__ float weight(std::uint32_t at, bool exists) const {
+        std::uint32_t bits = 0;
+        if (exists && is_wide) bits = *reinterpret_cast<const std::uint32_t*>(in_global(data) + at);
+        if (exists && !is_wide) bits = *reinterpret_cast<const std::uint16_t*>(in_global(data) + at);
+        const float half = decode(bits, DataType::float16);
+        return is_half ? half : decode(bits << shift, DataType::float32);
+    }
 
     __device__ float4 operator()(int k) const {
-        const std::int64_t at = unit / 16 * view.panel + unit % 16 * view.unit + k * view.column;
-        const bool exists = unit < hidden_size && k < hidden_size;
-        const auto weight = [&](int gate) {
-            return exists ? decode(load(view.data, type, at + gate * view.gate), type) : 0.0f;
-        };
-        return make_float4(weight(0), weight(2), weight(1), weight(3));
+        const std::uint32_t at = first + static_cast<std::uint32_t>(k) * column;
+        const bool exists = k < columns;
+        return make_float4(weight(at, exists), weight(at + 2 * gate, exists), weight(at + gate, exists),
+                           weight(at + 3 * gate, exists));
     }
 };
 
