@@ -43,6 +43,8 @@ EMULATION = "libcellstep_ops_emulated.so"
 LIMIT = 570.0
 #: Of those, what is kept for the benchmark, without the rows of large recurrences and with them.
 BENCHMARK, LARGE_BENCHMARK = 180.0, 260.0
+#: Of those, what tests and sanitizers have at least, should a build have taken long.
+TESTS = 150.0
 #: Of those, what --tune takes.
 TUNE = 70.0
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -377,6 +379,7 @@ def main() -> int:
         kinds: dict[str, Callable[[Check], list[Job]]] = {"tests": tests, "sanitize": sanitizers}
         jobs = [job for name, jobs_of in kinds.items() if name in only for job in jobs_of(check)]
         if jobs:
+            check.reserve = min(check.reserve, max(check.left() - TESTS, 0.0))
             check.together(jobs)
             write(check, about, None)
         if "benchmark" in only:
