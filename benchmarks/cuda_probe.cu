@@ -1,5 +1,5 @@
 // What the device's barriers and launches cost, as one line of JSON: microseconds of a barrier of a block, of a
-// cluster of 16 and of all blocks at once; of a step that hands h on within a warp and within a block; of a launch.
+// cluster of 2 to 16 blocks and of all blocks at once; of a step that hands h on within a warp and within a block; of a launch.
 //
 //     nvcc -std=c++17 -O3 -arch=native cuda_probe.cu -o cuda_probe && ./cuda_probe
 //
@@ -143,7 +143,7 @@ int main() {
     }
     if (device.major >= 9) {
         check(cudaFuncSetAttribute(cluster_barrier, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-        for (int size : {2, 8, 16}) {
+        for (int size : {2, 4, 8, 16}) {
             cudaLaunchAttribute attribute = {};
             attribute.id = cudaLaunchAttributeClusterDimension;
             attribute.val.clusterDim.x = size;

@@ -1,15 +1,18 @@
 """Builds, tests and times the CUDA kernels on a machine with a GPU, within ten minutes.
 
-    python scripts/cuda_check.py --output OUT
+    python scripts/cuda_check.py --large --tune --output OUT
 
 The machine needs Python 3.10 with a CUDA build of torch 2.11 or later, nvcc, CMake and pybind11; everything else is
 used where it is there. --wheels names a folder of wheels to take absent packages from (`pip download -d build/wheels
-pytest numpy hypothesis`), --libraries one with libcellstep_ops.so, libcellstep_ops_cuda.so and _runtime*.so that were
-built elsewhere.
+pytest numpy hypothesis flashrnn`), --libraries one with libcellstep_ops.so, libcellstep_ops_cuda.so and _runtime*.so
+that were built elsewhere, and cuda_probe (of benchmarks/cuda_probe.cu), without which nvcc builds it: where the GPU is
+there for minutes, all that is to be done before.
 
-Parts run one after another, each within its own time, and one that fails or runs out of time stops no other; the tables
-come last. OUT holds what they said (check.log), the tables (check.txt, benchmark.*) and check.json: device, driver,
-versions, date, results. Exit code 1: a part failed. 2: there is nothing to run on.
+Tests and sanitizers come first and run beside one another, as what they wait for is the processor; then the tables
+alone. Each part has its own time, and one that fails, hangs or runs out of time stops no other. OUT holds what each
+said (logs/), the tables (check.txt, and cuda-DEVICE.json, .md and .svg, as benchmarks/results/ keeps them) and
+check.json: device, driver, versions, date, results. All of it is there at any time, should the whole be stopped. Exit
+code 1: a part failed. 2: there is nothing to run on.
 """
 
 import argparse
@@ -17,12 +20,14 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +37,25 @@ BUILD = ROOT / "build" / "cuda-check"
 #: All that is loaded: cellstep.nn and cellstep.ops need torch alone.
 PACKAGE = BUILD / "python"
 LIBRARIES = ("libcellstep_ops.so", "libcellstep_ops_cuda.so")
+PROBE = BUILD / "cuda_probe"
 EMULATION = "libcellstep_ops_emulated.so"
 #: Seconds of all parts together: ten minutes of a GPU are to do.
 LIMIT = 570.0
-#: Of those, what is kept for the benchmark, and at most what it may take.
-BENCHMARK = (180.0, 240.0)
+#: Of those, what is kept for the benchmark, without the rows of large recurrences and with them.
+BENCHMARK, LARGE_BENCHMARK = 180.0, 260.0
+#: Of those, what tests and sanitizers have at least, should a build have taken long.
+TESTS = 150.0
+#: Of those, what --tune takes.
+TUNE = 70.0
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+#: Parts of tests/cuda/test_kernels_gpu.py, by pytest's -k: kernels whose blocks wait for one another hang if they fail,
+#: and are to take no others with them.
+OPERATORS = {
+    "operators": "plain or rows or block or tensor",
+    "the table's choice": "chosen",
+    "cluster": "cluster and not cluster_float",
+    "cluster_float": "cluster_float",
+}
 
 
 @dataclass
@@ -46,6 +64,17 @@ class Part:
     seconds: float = 0.0
     passed: bool = False
     said: str = ""  #: one line
+
+
+@dataclass
+class Job:
+    """A command that is to run as a part, within ``seconds``."""
+
+    name: str
+    seconds: float
+    command: Sequence[Any]
+    environment: dict[str, str] = field(default_factory=dict)
+    nothing: int = 0  #: the exit code that says that there was nothing to do, if that passes
 
 
 @dataclass
@@ -62,44 +91,53 @@ class Check:
     def left(self) -> float:
         return self.limit - (time.monotonic() - self.begin)
 
-    def run(self, name: str, seconds: float, command: Sequence[Any], **environment: str) -> Part:
-        """A command as a part: it has ``seconds``, or what is left of all; what it says goes to check.log."""
-        part = Part(name)
+    def run(self, name: str, seconds: float, command: Sequence[Any]) -> Part:
+        return self.together([Job(name, seconds, command)])[0]
+
+    def together(self, jobs: Sequence[Job]) -> list[Part]:
+        """Runs jobs beside one another, as many at once as there are pairs of processors."""
+        processors = os.cpu_count() or 1
+        at_once = max(1, min(len(jobs), processors // 2))
+        shared = {"OMP_NUM_THREADS": str(max(1, processors // at_once))} if at_once > 1 else {}
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(lambda job: self._do(job, shared), jobs))
+
+    def _do(self, job: Job, shared: dict[str, str]) -> Part:
+        """It has its seconds, or what is left of all; what it says goes to a file of its own."""
+        part = Part(job.name)
         self.parts.append(part)
-        allowed = min(seconds, self.left() - self.reserve)
+        allowed = min(job.seconds, self.left() - self.reserve)
         if allowed < 1:
             part.said = "left out: the time was over"
             return part
-        print(f"{name} ...", file=sys.stderr, flush=True)
+        print(f"{job.name} ...", file=sys.stderr, flush=True)
         begin = time.monotonic()
-        log = self.output / "check.log"
-        with log.open("a") as file:
-            start = file.tell()
-            file.write(f"\n=== {name}: {' '.join(map(str, command))}\n")
+        log = self.output / "logs" / (re.sub(r"[^a-z0-9]+", "-", job.name.lower()) + ".log")
+        with log.open("w") as file:
+            file.write(f"=== {' '.join(map(str, job.command))}\n")
             file.flush()
             process = subprocess.Popen(
-                list(map(str, command)),
+                list(map(str, job.command)),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env=self.environment() | environment,
+                env=self.environment() | shared | job.environment,
                 start_new_session=True,
             )
             try:
                 code = process.wait(timeout=allowed)
-                part.said = "passed" if code == 0 else f"exit code {code}"
+                part.said = "passed" if code in (0, job.nothing) else f"exit code {code}"
             except subprocess.TimeoutExpired:
                 # The group: a sanitizer's child would hold the device.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 code, part.said = -1, f"ran out of its {allowed:.0f} s"
         part.seconds = round(time.monotonic() - begin, 1)
-        part.passed = code == 0
-        said = log.read_bytes()[start:].decode(errors="replace")
-        lines = [line for line in said.splitlines() if line.strip()][1:]
+        part.passed = code in (0, job.nothing)
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][1:]
         if lines:
             part.said += f": {lines[-1].strip()[:160]}"
-        print(f"{name}: {part.said} ({part.seconds} s)", file=sys.stderr, flush=True)
+        print(f"{job.name}: {part.said} ({part.seconds} s)", file=sys.stderr, flush=True)
         return part
 
     def add(self, name: str, passed: bool, said: str) -> Part:
@@ -110,6 +148,8 @@ class Check:
     def environment(self) -> dict[str, str]:
         path = [str(PACKAGE), str(BUILD / "packages"), os.environ.get("PYTHONPATH", "")]
         found = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONDONTWRITEBYTECODE": "1"}
+        if PROBE.exists():
+            found["CELLSTEP_CUDA_PROBE"] = str(PROBE)
         if self.dry_run:
             found["CELLSTEP_EMULATED_LIBRARY"] = str(BUILD / "cmake" / "tests" / "cuda" / EMULATION)
         return found
@@ -162,9 +202,13 @@ def install_wheels(check: Check, wheels: Path) -> None:
     """Absent packages out of a folder, beside the environment and not into it."""
     wanted = absent("pytest", "numpy", "hypothesis", "rich", "typer", "safetensors")
     there = [name for name in wanted if any(path.name.lower().startswith(name) for path in wheels.glob("*.whl"))]
+    options = ["--no-index", "--find-links", wheels, "--target", BUILD / "packages", "--quiet"]
+    install = [sys.executable, "-m", "pip", "install", *options]
     if there:
-        options = ["--no-index", "--find-links", wheels, "--target", BUILD / "packages", "--quiet"]
-        check.run("wheels", 60, [sys.executable, "-m", "pip", "install", *options, *there])
+        check.run("wheels", 60, [*install, *there])
+    # A peer of one row: what else it lacks takes nothing from the tests.
+    if absent("flashrnn") and any(wheels.glob("flashrnn*.whl")):
+        check.run("FlashRNN", 60, [*install, "flashrnn"])
 
 
 def build(check: Check, libraries: Path | None) -> bool:
@@ -187,10 +231,11 @@ def build(check: Check, libraries: Path | None) -> bool:
         if check.dry_run:
             targets.append("cellstep_ops_emulated")
         command = [cmake, "--build", BUILD / "cmake", "--parallel", os.cpu_count() or 1, "--target", *targets]
-        if not check.run("build", 600 if check.dry_run else 240, command).passed:
+        if not check.run("build", 1800 if check.dry_run else 240, command).passed:
             return False
         libraries = BUILD / "cmake"
     shutil.rmtree(PACKAGE, ignore_errors=True)
+    PROBE.unlink(missing_ok=True)
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "lib")
     shutil.copytree(ROOT / "python" / "cellstep", PACKAGE / "cellstep", ignore=ignore)
     (PACKAGE / "cellstep" / "lib").mkdir()
@@ -203,6 +248,8 @@ def build(check: Check, libraries: Path | None) -> bool:
     if module is None:
         return check.add("libraries", False, f"expected the module _runtime in '{libraries}'; got none").passed
     shutil.copy2(module, PACKAGE / "cellstep" / module.name)
+    if probe := next((path for path in libraries.rglob("cuda_probe") if path.is_file()), None):
+        shutil.copy2(probe, PROBE)
     return True
 
 
@@ -214,34 +261,42 @@ def architecture() -> str:
     return f"{major}{minor}{'a' if major == 9 else ''}-real"
 
 
-def run_tests(check: Check) -> None:
-    """At operator level, then what the Python tests have of CUDA; without pytest the operators' problems alone."""
+def tests(check: Check) -> list[Job]:
+    """At operator level, then what the Python tests have of CUDA."""
     if absent("pytest"):
         check.add("tests", False, "pytest is not installed; --wheels takes it from a folder")
-        return
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=20", "-rs"]
-    only = ["-k", "emulated"] if check.dry_run else ["-k", "not emulated"]
-    check.run("operators", 150, [*pytest, *only, "tests/cuda/test_kernels_gpu.py"])
+        return []
+    # A test that hangs ends its part, which says which one it was, and not the whole of its time.
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--maxfail=20", "-rs", "--no-header"]
+    # Versions of torch and pytest differ in what they warn of, which is no failure of a kernel.
+    pytest += ["-W", "default"]
+    pytest += ["-o", f"faulthandler_timeout={180 if check.dry_run else 60}", "-o", "faulthandler_exit_on_timeout=true"]
+    where, seconds = ("emulated", 600.0) if check.dry_run else ("not emulated", 180.0)
+    jobs = [
+        Job(name, seconds, [*pytest, "-k", f"{where} and ({which})", "tests/cuda/test_kernels_gpu.py"])
+        for name, which in OPERATORS.items()
+    ]
     modules = ROOT / "tests" / "python" / "test_cuda.py"
     if not modules.exists():
         check.add("modules", False, "expected tests/python/test_cuda.py; there is none")
     elif missing := absent("numpy", "hypothesis"):
         check.add("modules", False, f"{', '.join(missing)} not installed; --wheels takes them from a folder")
     else:
-        check.run("modules", 90, [*pytest, modules])
+        # Without a device pytest finds no test to run, and says so.
+        jobs.append(Job("modules", 150, [*pytest, modules], nothing=5 if check.dry_run else 0))
+    return jobs
 
 
-def sanitize(check: Check) -> None:
+def sanitizers(check: Check) -> list[Job]:
     """compute-sanitizer's tools over every kernel, with memory from the driver itself so that each end is watched."""
     program = find("compute-sanitizer")
     script = [sys.executable, "tests/cuda/sanitize.py"]
     if check.dry_run:
-        check.run("every kernel", 120, [*script, "emulated"])
-        return
-    check.run("every kernel", 60, script)
+        return [Job("every kernel", 300, [*script, "emulated"])]
     if program is None:
         check.add("compute-sanitizer", False, "is not installed")
-        return
+        return [Job("every kernel", 90, script)]
+    jobs = []
     for tool in SANITIZERS:
         options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
         if tool == "initcheck":
@@ -249,23 +304,43 @@ def sanitize(check: Check) -> None:
             options += ["--track-unused-memory", "no"]
         else:
             options += ["--kernel-name", "kernel_substring=cellstep"]
-        check.run(tool, 60, [program, *options, *script], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        jobs.append(Job(tool, 180, [program, *options, *script], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    return jobs
 
 
-def benchmark(check: Check, options: Sequence[str]) -> str:
-    """The tables, as benchmarks/cuda.py prints them."""
+def benchmark(check: Check, options: Sequence[str], device: str) -> Path:
+    """The tables, as benchmarks/cuda.py prints them; where they lie."""
     check.reserve = 0.0
-    allowed = min(BENCHMARK[1], check.left() - 5)
-    seconds = max(30.0, allowed - 60 - (40 if "--tune" in options else 0))
-    command = [sys.executable, "benchmarks/cuda.py", "--output", check.output / "benchmark.json"]
+    allowed = max(30.0, check.left() - 5)
+    tune = min(TUNE, allowed / 4) if "--tune" in options else 0.0
+    # Beside the rows and --tune: rates and barriers, for which the probe is compiled, and a last row that runs over.
+    seconds = max(20.0, allowed - 50 - tune)
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    output = check.output / f"cuda-{name}.json"
+    command = [sys.executable, "benchmarks/cuda.py", "--output", output]
     command += (
         ["--dry-run"]
         if check.dry_run
-        else ["--seconds", f"{seconds:.0f}", "--compile-seconds", "40", "--tune-seconds", "40"]
+        else ["--seconds", f"{seconds:.0f}", "--compile-seconds", "40", "--tune-seconds", f"{tune:.0f}"]
     )
-    check.run("benchmark", allowed, [*command, *options])
-    tables = check.output / "benchmark.md"
-    return tables.read_text() if tables.exists() else ""
+    check.run("benchmark", 900 if check.dry_run else allowed, [*command, *options])
+    return output.with_suffix(".md")
+
+
+def write(check: Check, about: dict[str, Any], tables: Path | None) -> str:
+    """What is known so far, as JSON and as text; the text."""
+    failed = [part for part in check.parts if not part.passed]
+    seconds = round(time.monotonic() - check.begin, 1)
+    found = {"machine": about, "seconds": seconds, "parts": [asdict(part) for part in check.parts]}
+    (check.output / "check.json").write_text(json.dumps(found, indent=1) + "\n")
+    lines = [f"{name}: {value}" for name, value in about.items()]
+    lines += ["", *(f"{'passed' if p.passed else 'FAILED'}  {p.name}, {p.seconds} s: {p.said}" for p in check.parts)]
+    lines += ["", f"{len(check.parts)} parts in {seconds} s; failed: {', '.join(p.name for p in failed) or 'none'}"]
+    if tables is not None and tables.exists():
+        lines += ["", tables.read_text()]
+    text = "\n".join(lines)
+    (check.output / "check.txt").write_text(text + "\n")
+    return text
 
 
 def main() -> int:
@@ -273,7 +348,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "cuda-check" / "out", help="where results go")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels for packages that are absent")
     parser.add_argument("--libraries", type=Path, help="a folder with both libraries, instead of building them")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of everything")
+    parser.add_argument("--limit", type=float, help=f"seconds of everything; {LIMIT:.0f}, or none of a dry run")
     parser.add_argument("--only", action="append", choices=["tests", "sanitize", "benchmark"], help="may be repeated")
     parser.add_argument("--large", action="store_true", help="the rows of large recurrences too")
     parser.add_argument("--tune", action="store_true", help="where each kernel is the fastest")
@@ -290,37 +365,28 @@ def main() -> int:
         )
         return 2
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(arguments.output / "logs", ignore_errors=True)
+    (arguments.output / "logs").mkdir(parents=True)
     BUILD.mkdir(parents=True, exist_ok=True)
     only = arguments.only or ["tests", "sanitize", "benchmark"]
-    reserve = BENCHMARK[0] if "benchmark" in only else 0.0
-    check = Check(arguments.output.resolve(), arguments.dry_run, arguments.limit, reserve)
-    (check.output / "check.log").unlink(missing_ok=True)
+    reserve = (LARGE_BENCHMARK if arguments.large or arguments.tune else BENCHMARK) if "benchmark" in only else 0.0
+    limit = arguments.limit or (7200.0 if arguments.dry_run else LIMIT)
+    check = Check(arguments.output.resolve(), arguments.dry_run, limit, reserve)
     if arguments.wheels:
         install_wheels(check, arguments.wheels.resolve())
-    tables = ""
+    tables = None
     if build(check, arguments.libraries.resolve() if arguments.libraries else None):
-        more = [f"--{name}" for name in ("large", "tune") if getattr(arguments, name)]
-        steps: dict[str, Callable[[], object]] = {
-            "tests": lambda: run_tests(check),
-            "sanitize": lambda: sanitize(check),
-        }
-        for name, step in steps.items():
-            if name in only:
-                step()
+        kinds: dict[str, Callable[[Check], list[Job]]] = {"tests": tests, "sanitize": sanitizers}
+        jobs = [job for name, jobs_of in kinds.items() if name in only for job in jobs_of(check)]
+        if jobs:
+            check.reserve = min(check.reserve, max(check.left() - TESTS, 0.0))
+            check.together(jobs)
+            write(check, about, None)
         if "benchmark" in only:
-            tables = benchmark(check, more)
-    failed = [part for part in check.parts if not part.passed]
-    seconds = round(time.monotonic() - check.begin, 1)
-    found = {"machine": about, "seconds": seconds, "parts": [asdict(part) for part in check.parts]}
-    (check.output / "check.json").write_text(json.dumps(found, indent=1) + "\n")
-    summary = [f"{name}: {value}" for name, value in about.items()]
-    summary += ["", *(f"{'passed' if p.passed else 'FAILED'}  {p.name}, {p.seconds} s: {p.said}" for p in check.parts)]
-    summary += ["", f"{len(check.parts)} parts in {seconds} s; failed: {', '.join(p.name for p in failed) or 'none'}"]
-    text = "\n".join([*summary, "", tables]) if tables else "\n".join(summary)
-    (check.output / "check.txt").write_text(text + "\n")
-    print(text)
-    return 1 if failed else 0
+            more = [f"--{name}" for name in ("large", "tune") if getattr(arguments, name)]
+            tables = benchmark(check, more, about.get("device", "dry run"))
+    print(write(check, about, tables))
+    return 0 if all(part.passed for part in check.parts) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The device: what it is, and what it can do, measured."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -54,22 +55,28 @@ def _ask(query: str) -> str:
 
 
 def run_probe(capability: list[int]) -> dict[str, float] | str:
-    """The figures of cuda_probe.cu, or why there are none."""
+    """The figures of cuda_probe.cu, or why there are none. CELLSTEP_CUDA_PROBE names one that was compiled before."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            program = os.environ.get("CELLSTEP_CUDA_PROBE") or _compile_probe(capability, f"{directory}/probe")
+            done = subprocess.run([program], capture_output=True, text=True, timeout=30)
+        except (OSError, RuntimeError) as error:
+            return str(error)
+        except subprocess.TimeoutExpired as error:
+            return f"{Path(error.cmd[0]).name} did not end within {error.timeout:.0f} seconds"
+    return json.loads(done.stdout) if done.returncode == 0 else done.stderr.strip() or "cuda_probe failed"
+
+
+def _compile_probe(capability: list[int], program: str) -> str:
     compiler = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if compiler is None:
-        return "no nvcc to build cuda_probe.cu with"
-    with tempfile.TemporaryDirectory() as directory:
-        program = f"{directory}/probe"
-        architecture = "".join(map(str, capability))
-        options = ["-std=c++17", "-O3", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-        built = subprocess.run([compiler, *options, PROBE, "-o", program], capture_output=True, text=True, timeout=120)
-        if built.returncode:
-            return f"nvcc refuses cuda_probe.cu: {built.stderr.strip()[-300:]}"
-        try:
-            done = subprocess.run([program], capture_output=True, text=True, timeout=30)
-        except subprocess.TimeoutExpired:
-            return "cuda_probe did not end within 30 seconds"
-    return json.loads(done.stdout) if done.returncode == 0 else done.stderr.strip() or "cuda_probe failed"
+        raise RuntimeError("no nvcc to build cuda_probe.cu with")
+    architecture = "".join(map(str, capability))
+    options = ["-std=c++17", "-O3", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    built = subprocess.run([compiler, *options, PROBE, "-o", program], capture_output=True, text=True, timeout=60)
+    if built.returncode:
+        raise RuntimeError(f"nvcc refuses cuda_probe.cu: {built.stderr.strip()[-300:]}")
+    return program
 
 
 def measure_rates(about: dict[str, Any], device: torch.device, clock: Clock) -> tuple[Rates, dict[str, Any]]:

@@ -65,13 +65,19 @@ class Entry:
         return self.goal is None or (self.ratio is not None and self.ratio >= self.goal * (1 - SLACK))
 
     @property
+    def beside_cudnn(self) -> float | None:
+        """cuDNN's time over cellstep's, the lesser of eager and graph."""
+        found = self.ratios.get(NN)
+        return min(found.values()) if found else None
+
+    @property
     def share(self) -> float | None:
         ours = self.times.get(OURS)
         return self.floor_us / min(median for median, _ in ours.values()) if ours else None
 
     def as_json(self) -> dict[str, Any]:
         found = asdict(self) | {"name": self.name, "goal": self.goal, "ratio": self.ratio, "met": self.met}
-        return found | {"share_of_floor": self.share}
+        return found | {"beside_cudnn": self.beside_cudnn, "share_of_floor": self.share}
 
 
 @dataclass
@@ -116,6 +122,14 @@ class Report:
                 )
         return lines
 
+    def slower(self, slack: float = 0.0) -> list[str]:
+        """A line for every row, with a goal or without, on which cuDNN is faster by more than the slack."""
+        return [
+            f"slower than cuDNN: {entry.name}: {NN} takes {entry.beside_cudnn:.2f} of cellstep's time"
+            for entry in self.entries
+            if entry.beside_cudnn is not None and entry.beside_cudnn < 1 - slack
+        ]
+
     def as_json(self) -> dict[str, Any]:
         return {
             "date": self.date,
@@ -126,6 +140,7 @@ class Report:
             "rows": [entry.as_json() for entry in self.entries],
             "ragged": [asdict(found) | {"ratio": found.judged, "met": found.met} for found in self.ragged],
             "missed": self.missed(),
+            "slower": self.slower(),
         }
 
 
@@ -171,8 +186,11 @@ def barriers(report: Report) -> str:
         "step within a block": rates.block_step_us,
     }
     lines = [(name, "none" if value is None else f"{value:.3f}") for name, value in figures.items()]
-    known = {"launch_us", "warp_step_us", "block_step_us", "grid_us", "multiprocessors"}
-    lines += [(name.replace("_", " "), f"{value:.3f}") for name, value in report.probe.items() if name not in known]
+    for key, value in report.probe.items():
+        if (found := re.fullmatch(r"(block|cluster)_(\d+)_us", key)) and value not in figures.values():
+            lines.append((f"barrier of a {found[1]} of {found[2]}", f"{value:.3f}"))
+        if found := re.fullmatch(r"clusters_of_(\d+)", key):
+            lines.append((f"clusters of {found[1]} at once", f"{value:.0f}"))
     return table([f"what costs time, us ({rates.source})", "us"], lines)
 
 
@@ -195,7 +213,7 @@ def speed_tables(report: Report, brief: bool = False) -> list[str]:
         head += ["cellstep's kernels (launches)"] if not brief else []
         head += [f"{way}, {mode}" for way in (OURS, NN) for mode in MODES]
         head += others if not brief else []
-        head += ["ratio eager", "ratio graph", "must reach", "met", "floor", "share of the floor"]
+        head += ["ratio eager", "ratio graph", "must reach", "met", "slower than cuDNN", "floor", "share of the floor"]
         lines = []
         for entry in entries:
             ratios = entry.ratios.get(entry.row.against, {})
@@ -205,7 +223,9 @@ def speed_tables(report: Report, brief: bool = False) -> list[str]:
             line += [_cell(entry, way, "eager") for way in others] if not brief else []
             line += [number(ratios.get(mode)) for mode in MODES]
             goal = "" if entry.goal is None else f"{entry.goal:g}"
-            line += [goal, "" if entry.goal is None else "yes" if entry.met else "NO", number(entry.floor_us)]
+            line += [goal, "" if entry.goal is None else "yes" if entry.met else "NO"]
+            beside = entry.beside_cudnn
+            line += ["" if beside is None else "YES" if beside < 1 else "no", number(entry.floor_us)]
             line += ["" if entry.share is None else f"{100 * entry.share:.0f}%"]
             lines.append(line)
         found.append(table(head, lines, 4 if brief else 5))
@@ -229,9 +249,10 @@ def ragged_table(report: Report) -> str:
 
 NOTES = (
     "Microseconds, medians and in brackets the 99th percentile over blocks of calls; the input product is in all of "
-    "them. What must be reached is judged by the lesser ratio, the peer's time over cellstep's (torch.nn.LSTM's, or "
-    "FlashRNN's in the row of its own), less a tenth. ~: a few steps of the sequence were timed and multiplied, as "
-    "unrolling takes the compiler seconds a step. cuDNN's algorithm is the one that torch asks for."
+    "them but FlashRNN's first column. What must be reached is judged by the lesser ratio, the peer's time over "
+    "cellstep's (torch.nn.LSTM's, or FlashRNN's in the row of its own), less a tenth. Floors are derived from rates "
+    "and barriers of the same run. ~: a few steps of the sequence were timed and multiplied, as unrolling takes the "
+    "compiler seconds a step. cuDNN's algorithm is the one that torch asks for."
 )
 
 
@@ -248,10 +269,10 @@ def reasons(report: Report) -> list[str]:
 
 def as_text(report: Report) -> str:
     """Everything, the table that is judged last."""
-    parts = [heading(report), barriers(report), *reasons(report)]
+    parts = [barriers(report), heading(report), *reasons(report)]
     if report.ragged:
         parts.append(ragged_table(report))
-    return "\n\n".join([*parts, *speed_tables(report), NOTES, *report.missed()])
+    return "\n\n".join([*parts, *speed_tables(report), NOTES, *report.slower(), *report.missed()])
 
 
 BLOCK = re.compile(r"(?<=<!-- table of CUDA speed -->\n).*?(?=<!-- end of CUDA speed -->)", re.DOTALL)

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 NN = "torch.nn.LSTM"
-FLASH = "FlashRNN"
+#: Without the product of the input, which is in cellstep's time and in torch's; and with it.
+FLASH, FLASH_WHOLE = "FlashRNN", "FlashRNN and input product"
 #: Bytes of a value of what is called a type here: TF32 is float32 whose products may be rounded.
 BYTES = {"float32": 4, "TF32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 PASSES = ("forward", "training")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarks.gpu.rows import FLASH, NN, Row
+from benchmarks.gpu.rows import FLASH, FLASH_WHOLE, NN, Row
 from benchmarks.gpu.timing import Call
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -57,7 +57,8 @@ class Case:
 
     def __init__(self, row: Row, device: torch.device) -> None:
         self.row, self.device, self.dtype = row, device, DTYPES[row.dtype]
-        self.lstm = nn.LSTM(row.inputs, row.hidden, row.layers, bidirectional=row.bidirectional).to(device, self.dtype)
+        there = {"device": device, "dtype": self.dtype}  # millions of random weights are the device's work
+        self.lstm = nn.LSTM(row.inputs, row.hidden, row.layers, bidirectional=row.bidirectional, **there)
         x = torch.randn(row.time, row.batch, row.inputs, device=device).to(self.dtype)
         self.x: Any = pack_padded_sequence(x, torch.tensor(row.lengths)) if row.lengths else x
         self.tokens = self.x.data if row.lengths else self.x
@@ -68,8 +69,9 @@ class Case:
     def exact(self) -> Tensor:
         """The output in float64, by torch's own layer."""
         if self._exact is None:
-            wide = nn.LSTM(self.row.inputs, self.row.hidden, self.row.layers, bidirectional=self.row.bidirectional)
-            wide = wide.to(self.device, torch.float64)
+            there = {"device": self.device, "dtype": torch.float64}
+            row = self.row
+            wide = nn.LSTM(row.inputs, row.hidden, row.layers, bidirectional=row.bidirectional, **there)
             wide.load_state_dict({name: value.double() for name, value in self.lstm.state_dict().items()})
             with torch.no_grad():
                 self._exact = values(wide(self.x.to(torch.float64))[0])
@@ -132,7 +134,8 @@ def cellstep_lstm(case: Case) -> Way:
     from cellstep.nn import LSTM
 
     row = case.row
-    module = LSTM(row.inputs, row.hidden, row.layers, bidirectional=row.bidirectional).to(case.device, case.dtype)
+    there = {"device": case.device, "dtype": case.dtype}
+    module = LSTM(row.inputs, row.hidden, row.layers, bidirectional=row.bidirectional, **there)
     module.load_state_dict(case.lstm.state_dict())
     return _of_module(module, case)
 
@@ -182,8 +185,9 @@ def compiled(case: Case) -> Way:
     return _by_cell(case, torch.compile(cell_by_cell, fullgraph=True, dynamic=False, backend=backend))
 
 
-def flash(case: Case) -> Way:
-    """FlashRNN's fused kernel behind one product for the input; one layer, one direction, 16 bits."""
+def flash(case: Case, with_product: bool = False) -> Way:
+    """FlashRNN's fused kernel; one layer, one direction, 16 bits. It takes the gates' sums of the input: their product
+    is made before, or in each call."""
     row = case.row
     if row.layers > 1 or row.bidirectional or row.lengths or row.dtype not in ("float16", "bfloat16"):
         raise ValueError("is timed for padded single layers in 16 bits")
@@ -195,10 +199,16 @@ def flash(case: Case) -> Way:
     first = case.x.new_zeros(2, row.batch, 1, 1, h)
     grad = case.grad.transpose(0, 1).unsqueeze(2).contiguous()
 
+    def product() -> Tensor:
+        return nn.functional.linear(case.x.transpose(0, 1), weight_ih).view(row.batch, row.time, 4, 1, h)
+
+    given = None if with_product else product().detach().requires_grad_()
+    leaves = [weight_ih if given is None else given, recurrent, bias]
+
     def run() -> Tensor:
-        product = nn.functional.linear(case.x.transpose(0, 1), weight_ih).view(row.batch, row.time, 4, 1, h)
+        sums = product() if given is None else given
         states, _ = flashrnn(
-            product, recurrent, bias, states=first, function="lstm", backend="cuda_fused", dtype=row.dtype
+            sums, recurrent, bias, states=first, function="lstm", backend="cuda_fused", dtype=row.dtype
         )
         return states[0]
 
@@ -207,9 +217,7 @@ def flash(case: Case) -> Way:
             return run()
 
     return Way(
-        lambda: run().detach().squeeze(2).transpose(0, 1),
-        forward,
-        lambda: torch.autograd.grad(run(), [weight_ih, recurrent, bias], grad),
+        lambda: run().detach().squeeze(2).transpose(0, 1), forward, lambda: torch.autograd.grad(run(), leaves, grad)
     )
 
 
@@ -219,6 +227,7 @@ WAYS: dict[str, Callable[[Case], Way]] = {
     HAND_WRITTEN: hand_written,
     COMPILED: compiled,
     FLASH: flash,
+    FLASH_WHOLE: lambda case: flash(case, with_product=True),
 }
 
 

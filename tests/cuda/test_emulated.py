@@ -5,13 +5,16 @@ The reference is torch's own LSTM in float64, run on each row and direction by i
 
 import itertools
 
+import problems
 import pytest
 import torch
 
 # What values in 16 bits lose: the products round to 8 or 11 bits, a gate's sum of up to about 4 has an error of 2^-7 or
 # 2^-10, and some steps and layers add up. float32: activations to about 2e-7, sums of up to 300 products, and steps.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 4e-6, torch.float16: 8e-3, torch.bfloat16: 6e-2}
-KERNELS = ["plain", "rows", "block", "tensor"]
+KERNELS = [kernel for kernel in problems.KERNELS if kernel]
+#: Kernels of 16 bits alone.
+NARROW = ("tensor", "cluster")
 
 
 class Case:
@@ -189,7 +192,7 @@ def check(ops, case, backward=True):
 def force(monkeypatch, kernel, dtype, directions=1):
     """Make a kernel do the call, where it is made for such calls."""
     narrow = dtype in (torch.float16, torch.bfloat16)
-    if (kernel == "block" and dtype == torch.float64) or (kernel == "tensor" and not narrow):
+    if (kernel in ("block", "cluster_float") and dtype == torch.float64) or (kernel in NARROW and not narrow):
         pytest.skip(f"{kernel} has no {dtype}")
     if kernel == "rows" and directions == 2:
         pytest.skip("rows runs one direction")
@@ -217,7 +220,7 @@ def test_stacks(emulated, poisoned, monkeypatch, kernel, dtype, shape):
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("what", ["lengths", "reset", "both", "packed", "unbiased"])
 def test_options(emulated, poisoned, monkeypatch, kernel, directions, what):
-    dtype = torch.float16 if kernel == "tensor" else torch.float32
+    dtype = torch.float16 if kernel in NARROW else torch.float32
     force(monkeypatch, kernel, dtype, directions)
     case = Case(6, 7, 3, 16, 2, directions, dtype, biased=what != "unbiased")
     if what in ("lengths", "both"):
@@ -231,7 +234,7 @@ def test_options(emulated, poisoned, monkeypatch, kernel, directions, what):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_resets_to_a_learned_state(emulated, poisoned, monkeypatch, kernel):
-    dtype = torch.bfloat16 if kernel == "tensor" else torch.float32
+    dtype = torch.bfloat16 if kernel in NARROW else torch.float32
     directions = 1 if kernel == "rows" else 2
     force(monkeypatch, kernel, dtype, directions)
     check(emulated, Case(5, 3, 4, 8, 2, directions, dtype).with_lengths().with_reset().with_initial(), backward=False)
@@ -239,7 +242,7 @@ def test_resets_to_a_learned_state(emulated, poisoned, monkeypatch, kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_same_bits_in_any_order_of_threads(emulated, poisoned, monkeypatch, kernel):
-    dtype = torch.bfloat16 if kernel == "tensor" else torch.float32
+    dtype = torch.bfloat16 if kernel in NARROW else torch.float32
     directions = 1 if kernel == "rows" else 2
     force(monkeypatch, kernel, dtype, directions)
     answers = []
@@ -254,6 +257,26 @@ def test_the_same_bits_in_any_order_of_threads(emulated, poisoned, monkeypatch, 
 def test_the_table_has_a_kernel_for_every_size(emulated, poisoned, monkeypatch, dtype, shape):
     monkeypatch.delenv("CELLSTEP_CUDA_KERNEL", raising=False)
     check(emulated, Case(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "batch", "hidden"),
+    [
+        ("cluster", torch.bfloat16, 3, 768),
+        ("cluster", torch.float16, 2, 1024),
+        ("cluster", torch.bfloat16, 1, 2048),
+        ("cluster_float", torch.float32, 3, 560),
+        ("cluster_float", torch.float32, 2, 1024),
+        ("cluster_float", torch.float32, 1, 1536),
+    ],
+    ids=str,
+)
+def test_weights_over_all_of_the_chip(emulated, poisoned, monkeypatch, kernel, dtype, batch, hidden):
+    """Of layers that a cluster holds forward and backward, in one of both, and in neither."""
+    force(monkeypatch, kernel, dtype)
+    monkeypatch.setenv("CELLSTEP_SIMT_MULTIPROCESSORS", "132")
+    case = Case(2, batch, 2, hidden, dtype=dtype)
+    check(emulated, case.with_lengths() if batch > 2 else case)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -428,7 +451,7 @@ def test_what_does_not_fit_is_refused_in_one_line(emulated, monkeypatch):
     call("none larger than the one before, got 2 at 1", **packed, batch_sizes=torch.tensor([1, 2, 2]))
     call("expected x of as many rows as batch_sizes tell", **packed, batch_sizes=torch.tensor([2, 2]))
     monkeypatch.setenv("CELLSTEP_CUDA_KERNEL", "fast")
-    call("expected CELLSTEP_CUDA_KERNEL as plain, rows, block, tensor or cluster, got fast")
+    call("expected CELLSTEP_CUDA_KERNEL as plain, rows, block, tensor, cluster or cluster_float, got fast")
     monkeypatch.setenv("CELLSTEP_CUDA_KERNEL", "tensor")
     call("expected a call that the kernel in CELLSTEP_CUDA_KERNEL can do, got hidden size 5 for tensor")
 

@@ -1,6 +1,7 @@
 """benchmarks/cuda.py: that it runs, judges and prints, without a GPU; never how fast anything is."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,8 +59,9 @@ def test_a_dry_run_goes_through_every_part(tmp_path):
     assert timed == {OURS, NN, "hand-written", "torch.compile"}
     assert {row["row"]["dtype"] for row in said["rows"]} == {"float32", "TF32", "float16", "bfloat16"}
     assert said["ragged"][0]["padded_us"].keys() == padded_forms(ROWS[-1]).keys()
-    assert said["tune"] and all(set(point["us"]) == {*tune.KERNELS, ""} for point in said["tune"])
-    assert "cuDNN's algorithm" in done.stdout and "| plain | rows | block | tensor |" in done.stdout
+    assert said["tune"] and all(set(point["us"]) == {*tune.KERNELS, "", NN} for point in said["tune"])
+    assert "cuDNN's algorithm" in done.stdout and f"| {' | '.join(tune.KERNELS)} |" in re.sub(" +", " ", done.stdout)
+    assert "barrier of the grid" in done.stderr
     assert output.with_suffix(".md").read_text() == done.stdout
     assert output.with_suffix(".svg").read_text().count("<svg") == 1
 
@@ -163,12 +165,41 @@ def test_readme_takes_the_tables_between_its_marks(tmp_path):
         read_marked(readme)
 
 
+def test_what_is_slower_than_cudnn():
+    said = found({}, {"eager": 0.95, "graph": 1.2})
+    assert said.slower() == [
+        "slower than cuDNN: 1, 5, 10, 50, 2; float32; forward: torch.nn.LSTM takes 0.95 of cellstep's time"
+    ]
+    assert said.slower(0.1) == [] and found({}, {"graph": 1.0}).slower() == found({}, {}).slower() == []
+    assert "slower than cuDNN: 1, 5" in as_text(said) and "| YES " in as_text(said)
+
+
 def test_crossovers():
     points = [
-        tune.Point("float32", False, 8, hidden, {"plain": 9.0, "rows": rows, "block": 4.0, "": 1.0})
+        tune.Point("float32", training, batch, hidden, {"plain": 9.0, "rows": rows, "block": block, "": 1.0})
         for hidden, rows in ((8, 1.0), (16, 2.0), (64, 5.0))
+        for batch in (1, 8, 32)
+        for training, block in ((False, 1.02 if batch == 8 else 4.0), (True, 9.0 if batch < 32 else 20.0))
     ]
-    assert tune.crossovers(points) == ["float32, forward, batch 8: rows to 16, block to 64"]
+    assert tune.crossovers(points) == [
+        "float32, forward:",
+        "  {Kernel::rows, ...}  H = 8: N 1 to 32; H = 16: N 1, 32",
+        "  {Kernel::block, ...}  H = 8: N 8; H = 16: N 8; H = 64: N 1 to 32",
+        "float32, backward:",
+        "  {Kernel::plain, ...}  H = 8: N 1 to 32; H = 16: N 1 to 32; H = 64: N 1 to 32",
+    ]
+
+
+def test_where_the_table_is_slower_than_cudnn():
+    points = [
+        tune.Point("float32", False, 1, 8, {"block": 2.0, "": 3.0, NN: 2.5}),
+        tune.Point("float32", True, 1, 8, {"block": 3.0, "": 3.0, NN: 2.5}),
+        tune.Point("float32", True, 8, 8, {"block": 3.0, "": 3.0, NN: 3.5}),
+    ]
+    assert tune.slower(points) == [
+        "slower than cuDNN: float32, forward, N = 1, H = 8: 3.00 us, cuDNN's 2.50; block takes 2.00 us",
+        "slower than cuDNN: float32, training, N = 1, H = 8: 3.00 us, cuDNN's 2.50; no kernel is faster",
+    ]
 
 
 def test_kernel_names():

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 
 #include "device.h"
 
@@ -428,7 +429,8 @@ __global__ void join_kernel(Columns call) {
 int multiprocessors(int device) {
 #if defined(CELLSTEP_EMULATED)
     static_cast<void>(device);
-    return 8;
+    const char* const count = std::getenv("CELLSTEP_SIMT_MULTIPROCESSORS");
+    return count ? std::atoi(count) : 8;
 #else
     static std::atomic<int> counts[64];
     std::atomic<int>& count = counts[device & 63];
