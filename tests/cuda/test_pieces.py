@@ -44,7 +44,7 @@ def same(found, expected, what):
 @pytest.mark.parametrize("what", ["plain", "lengths", "reset", "packed"])
 def test_the_same_bits_wherever_a_sequence_is_cut(emulated, poisoned, monkeypatch, kernel, dtype, what):
     monkeypatch.setenv("CELLSTEP_CUDA_KERNEL", kernel)
-    case = with_exact_products(Case(8, 5, 3, 10, 2, dtype=dtype))
+    case = with_exact_products(Case(8, 3, 3, 10, 2, dtype=dtype))
     if what == "lengths":
         case.with_lengths()
     if what == "reset":
