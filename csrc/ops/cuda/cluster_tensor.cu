@@ -161,14 +161,14 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     };
     for (int row = warp; row < tile.existing(); row += static_cast<int>(blockDim.x) / 32)
         for (int unit = lane; unit < H; unit += 32) *h_place(0, row, unit) = first_h<T>(call, tile, course, row, unit);
-    const auto cell_place = [&](const Work& work, int pass) {
-        return memory + spread.state_at + ((pass * spread.pieces + work.piece) * 32 + work.lane) * 8;
+    const auto cells_of = [&](const Work& work, int pass) {
+        return reinterpret_cast<float*>(memory + spread.state_at) +
+               ((pass * spread.pieces + work.piece) * 32 + work.lane) * 2;
     };
-    for (int pass = all_along.slice; pass < tile.passes(); pass += spread.slices) {
-        const int row = pass * 8 + 2 * all_along.q, unit = course.first_unit + all_along.piece * 8 + lane / 4;
-        write(cell_place(all_along, pass), make_float2(first_cell(call, arrays, tile, course, row, unit),
-                                                       first_cell(call, arrays, tile, course, row + 1, unit)));
-    }
+    for (int pass = all_along.slice; pass < tile.passes(); pass += spread.slices)
+        for (int e = 0; e < 2; ++e)
+            cells_of(all_along, pass)[e] = first_cell(call, arrays, tile, course, pass * 8 + 2 * all_along.q + e,
+                                                      course.first_unit + all_along.piece * 8 + lane / 4);
 
     std::uint32_t coming[8];  // gate sums that were given
     const auto load = [&](int step, int pass) {
@@ -201,9 +201,8 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     const auto finish = [&](const float (&all)[2][4], int step, int pass) {
         const Work work(spread, this_thread());
         const int at = work.piece * 8 + work.lane / 4, u = course.first_unit + at, row = pass * 8 + 2 * work.q;
-        const bool reset[2] = {is_reset_behind(tile, course, step, row), is_reset_behind(tile, course, step, row + 1)};
-        const float2 c_pair = read<float2>(cell_place(work, pass));
-        const float c_before[2] = {c_pair.x, c_pair.y};
+        const int resets = resets_behind(tile, course, step, row);
+        float* const cells = cells_of(work, pass);
         const float4 bias = biases[at];
         float a[2][4];
 #pragma unroll
@@ -216,32 +215,28 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         load_next(spread, tile, step, pass, load);
         unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 128;
 
-        float c_of[2], c_next[2];
+        const auto stage_place = [&](int e) {
+            return reinterpret_cast<T*>(stage + (2 * work.q + e) * 16) + work.lane / 4;
+        };
+        const float2 c_before = read<float2>(cells);
+        float c_of[2] = {c_before.x, c_before.y};
         T h_of[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
+            const bool past = course.time_of(step) >= tile.lengths[row + e];
             float h;
-            c_of[e] = c_before[e];
             update(a[e], c_of[e], h, T());
             h_of[e] = from_float<T>(h);
-            T h_next = h_of[e];
-            c_next[e] = c_of[e];
-            if (u < H)
-                carry_on(h_next, c_next[e], h_place(step, row + e, u), c_before[e], call, tile, course, step, row + e,
-                         u, reset[e]);
-            else
-                h_next = from_float<T>(0.0f);
-            write(stage + (2 * work.q + e) * 16 + work.lane / 4 * 2, h_next);
+            *stage_place(e) = u >= H ? from_float<T>(0.0f) : past ? *h_place(step, row + e, u) : h_of[e];
+            if (!past) cells[e] = c_of[e];
         }
-        write(cell_place(work, pass), make_float2(c_next[0], c_next[1]));
+        put_to_initial<T>(resets, call, course, u, cells, stage_place);
         if (step + 1 < course.steps) {
             warp_sync();
             send_rows<1>(exchange, spread, tile, step + 1, pass, course.first_unit / 8 + work.piece,
                          [&](int of_row, int) { return stage + of_row * 16; });
         }
-        if (u >= H) return;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) store_unit(call, arrays, tile, course, step, row + e, u, a[e], c_of[e], h_of[e]);
+        store_rows(call, arrays, tile, course, step, row, u, a, c_of, h_of);
     };
     const auto partial = [&](const Work& work, int pass, int of_slice) {
         return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + work.piece) * 1024 +

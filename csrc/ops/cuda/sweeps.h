@@ -132,47 +132,56 @@ __device__ inline void load_sums(std::uint32_t (&coming)[8], const ForwardArrays
     }
 }
 
-/// Whether a row is put to the initial state behind this step.
-__device__ inline bool is_reset_behind(const Tile& tile, const Course& course, int step, int row) {
-    if (!tile.steps.reset) return false;
+/// Which of two rows are put to the initial state behind this step, a bit each.
+__device__ inline int resets_behind(const Tile& tile, const Course& course, int step, int first_row) {
     const int t = course.time_of(step), flagged = course.falling ? t : t + 1;
-    return flagged > 0 && flagged < tile.lengths[row] && tile.reset(flagged, row);
-}
-
-/// h and c behind a step become what the next one begins with; `h_before` and `c_before`: what this one did.
-template <class T>
-__device__ inline void carry_on(T& h, float& c, const T* h_before, float c_before, const Forward& call,
-                                const Tile& tile, const Course& course, int step, int row, int unit, bool reset) {
-    if (course.time_of(step) >= tile.lengths[row]) {
-        h = *h_before;
-        c = c_before;
-    } else if (reset) {
-        h = at_or_zero<T>(call.initial_h, course.stage * call.hidden_size + unit);
-        c = to_float(at_or_zero<T>(call.initial_c, course.stage * call.hidden_size + unit));
-    }
-}
-
-/// What nobody waits for.
-template <class T>
-__device__ inline void store_unit(const Forward& call, const ForwardArrays<T>& arrays, const Tile& tile,
-                                  const Course& course, int step, int row, int unit, const float (&gates)[4], float c,
-                                  T h) {
-    const int n = tile.first + row, length = tile.lengths[row], t = course.time_of(step), H = call.hidden_size;
-    const bool past = t >= length;
-    if (past && (!zeros_past(call.steps) || n >= call.steps.batch)) return;
-    const std::int64_t token = course.token(step) + n;
-    const T zero = from_float<T>(0.0f);
-    in_global(arrays.y)[token * call.directions * H + unit] = past ? zero : h;
-    if (arrays.gates) {
-        T* const to = in_global(arrays.gates) + token * 4 * H + unit;
+    int found = 0;
+    if (tile.steps.reset && flagged > 0)
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) to[gate * H] = past ? zero : from_float<T>(gates[gate]);
-        in_global(arrays.cells)[token * H + unit] = past ? zero : from_float<T>(c);
+        for (int e = 0; e < 2; ++e)
+            if (flagged < tile.lengths[first_row + e] && tile.reset(flagged, first_row + e)) found |= 1 << e;
+    return found;
+}
+
+/// Puts them there: h_place(e) and cells[e], shared, which hold what the step found.
+template <class T, class Place>
+__device__ inline void put_to_initial(int resets, const Forward& call, const Course& course, int unit, float* cells,
+                                      const Place& h_place) {
+    if (unit >= call.hidden_size) return;
+#pragma unroll 1
+    for (int e = 0; resets >> e != 0; ++e) {
+        if ((resets >> e & 1) == 0) continue;
+        *h_place(e) = at_or_zero<T>(call.initial_h, course.stage * call.hidden_size + unit);
+        cells[e] = to_float(at_or_zero<T>(call.initial_c, course.stage * call.hidden_size + unit));
     }
-    if (!past && t == (course.falling ? 0 : length - 1)) {
-        const std::int64_t place = static_cast<std::int64_t>(n) * H + unit;
-        in_global(arrays.h_n)[place] = h;
-        in_global(arrays.c_n)[place] = from_float<T>(c);
+}
+
+/// What nobody waits for, of two rows.
+template <class T>
+__device__ inline void store_rows(const Forward& call, const ForwardArrays<T>& arrays, const Tile& tile,
+                                  const Course& course, int step, int first_row, int unit, const float (&gates)[2][4],
+                                  const float (&c)[2], const T (&h)[2]) {
+    const int H = call.hidden_size, t = course.time_of(step);
+    if (unit >= H) return;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int n = tile.first + first_row + e, length = tile.lengths[first_row + e];
+        const bool past = t >= length;
+        if (past && (!zeros_past(call.steps) || n >= call.steps.batch)) continue;
+        const std::int64_t token = course.token(step) + n;
+        const T zero = from_float<T>(0.0f);
+        in_global(arrays.y)[token * call.directions * H + unit] = past ? zero : h[e];
+        if (arrays.gates) {
+            T* const to = in_global(arrays.gates) + token * 4 * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; ++gate) to[gate * H] = past ? zero : from_float<T>(gates[e][gate]);
+            in_global(arrays.cells)[token * H + unit] = past ? zero : from_float<T>(c[e]);
+        }
+        if (!past && t == (course.falling ? 0 : length - 1)) {
+            const std::int64_t place = static_cast<std::int64_t>(n) * H + unit;
+            in_global(arrays.h_n)[place] = h[e];
+            in_global(arrays.c_n)[place] = from_float<T>(c[e]);
+        }
     }
 }
 
