@@ -280,6 +280,19 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         }
     }
 
+    // A thread has the cells that it updated, and has written the h beside them.
+    if (call.to.h) {
+        const Work work(spread, this_thread());
+        for (int pass = work.slice; exists(work) && pass < tile.passes(); pass += spread.slices)
+            for (int e = 0; e < 2; ++e) {
+                const int row = pass * 8 + 2 * work.q + e, u = course.first_unit + work.piece * 8 + work.lane / 4;
+                if (u >= H || row >= tile.existing()) continue;
+                carry(call.to, state_place(call, tile, course, row, u),
+                      to_float(arrays.h_n[static_cast<std::int64_t>(tile.first + row) * H + u]),
+                      cells_of(work, pass)[e]);
+            }
+    }
+
     // Nothing is sent behind the last meeting: no part writes to one that may have ended.
     if (zeros_past(call.steps) && course.first_unit < H) {
         const int units = min(spread.pieces * 8, H - course.first_unit);
@@ -385,33 +398,30 @@ __device__ inline void sweep(const BackwardPlan& plan) {
         for (int place = 0; place < 4; ++place)
             dh_of[place] = (sums[0][0][place] + sums[0][1][place]) + (sums[1][0][place] + sums[1][1][place]);
     };
+    // Chunks of a row change places, so that lanes of four rows meet different banks.
+    const auto stage_place = [&](const Work& work, int pass, int row, int chunk) {
+        return memory + spread.stage_at + (pass * spread.pieces + work.piece) * 1024 + row * 128 +
+               (chunk ^ (row & 6)) * 16;
+    };
+    const auto result_place = [&](const Work& work, int pass, int place) {
+        return stage_place(work, pass, 2 * work.q + place % 2, work.lane / 8 + place / 2 * 4) + work.lane / 4 % 2 * 8;
+    };
     const auto finish = [&](const float (&dh_of)[4], int step, int pass) {
         const Work work(spread, this_thread());
-        unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 1024;
-        // Chunks of a row change places, so that lanes of four rows meet different banks.
-        const auto stage_place = [&](int row, int chunk) { return stage + row * 128 + (chunk ^ (row & 6)) * 16; };
-        const auto result_place = [&](int place) {
-            return stage_place(2 * work.q + place % 2, work.lane / 8 + place / 2 * 4) + work.lane / 4 % 2 * 8;
-        };
         const float4 dc_quad = read<float4>(carried(work, pass));
         float dc_of[4] = {dc_quad.x, dc_quad.y, dc_quad.z, dc_quad.w};
         step_back(dh_of, dc_of, left, call, arrays, tile, course, step, row_of(work, pass), unit_of(work),
-                  [&](int place, const T(&results)[4]) {
-                      write(result_place(place),
-                            make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
-                  });
+                  [&](int place, const uint2& bits) { write(result_place(work, pass, place), bits); });
         if (step == course.steps) return;
         write(carried(work, pass), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
         warp_sync();
-        send_rows<8>(exchange, spread, tile, step + 1, pass, (course.first_unit / 16 + work.piece) * 8, stage_place);
+        send_rows<8>(exchange, spread, tile, step + 1, pass, (course.first_unit / 16 + work.piece) * 8,
+                     [&](int row, int chunk) { return stage_place(work, pass, row, chunk); });
 // What nobody waits for.
 #pragma unroll 1
-        for (int place = 0; place < 4; ++place) {
-            const uint2 results = read<uint2>(result_place(place));
+        for (int place = 0; place < 4; ++place)
             store_sums(call, arrays, tile, course, step, row_of(work, pass) + place % 2, unit_of(work) + place / 2 * 8,
-                       {from_bits<T>(results.x), from_bits<T>(results.x >> 16), from_bits<T>(results.y),
-                        from_bits<T>(results.y >> 16)});
-        }
+                       read<uint2>(result_place(work, pass, place)));
     };
     const auto partial = [&](const Work& work, int pass, int of_slice) {
         return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + work.piece) * 512 +
@@ -453,6 +463,12 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                 finish_and_load(dh_of, pass);
             }
         }
+    }
+    if (call.to.h) {
+        const Work work(spread, this_thread());
+        for (int pass = work.slice; exists(work) && pass < tile.passes(); pass += spread.slices)
+            carry_back(call, tile, course, row_of(work, pass), unit_of(work),
+                       [&](int place) { return result_place(work, pass, place); });
     }
     if (zeros_past(call.steps) && course.first_unit < H)
         for (int gate = 0; gate < 4; ++gate)

@@ -91,12 +91,17 @@ __device__ inline bool begins_reset(const Tile& tile, const Course& course, int 
     return !course.falling && tile.steps.reset && tile.lengths[row] > 0 && tile.reset(0, row);
 }
 
+/// Where h and c of a unit and a row lie in the arrays of a call.
+template <class Call>
+__device__ inline std::int64_t state_place(const Call& call, const Tile& tile, const Course& course, int row,
+                                           int unit) {
+    return (static_cast<std::int64_t>(course.stage) * call.steps.batch + tile.first + row) * call.hidden_size + unit;
+}
+
 template <class T>
 __device__ inline T first_h(const Forward& call, const Tile& tile, const Course& course, int row, int unit) {
-    const int H = call.hidden_size;
-    if (begins_reset(tile, course, row)) return at_or_zero<T>(call.initial_h, course.stage * H + unit);
-    return static_cast<const T*>(
-        call.h)[(static_cast<std::int64_t>(course.stage) * call.steps.batch + tile.first + row) * H + unit];
+    if (begins_reset(tile, course, row)) return at_or_zero<T>(call.initial_h, course.stage * call.hidden_size + unit);
+    return from_float<T>(carried_or<T>(call.from.h, call.h, state_place(call, tile, course, row, unit)));
 }
 
 /// The cell that a unit begins with. A row without a step ends where it began.
@@ -106,13 +111,13 @@ __device__ inline float first_cell(const Forward& call, const ForwardArrays<T>& 
     const int H = call.hidden_size, n = tile.first + row;
     if (unit >= H || n >= call.steps.batch) return 0.0f;
     if (begins_reset(tile, course, row)) return to_float(at_or_zero<T>(call.initial_c, course.stage * H + unit));
-    const std::int64_t place = static_cast<std::int64_t>(n) * H + unit;
-    const T c = static_cast<const T*>(call.c)[static_cast<std::int64_t>(course.stage) * call.steps.batch * H + place];
+    const float c = carried_or<T>(call.from.c, call.c, state_place(call, tile, course, row, unit));
     if (tile.lengths[row] == 0) {
+        const std::int64_t place = static_cast<std::int64_t>(n) * H + unit;
         arrays.h_n[place] = first_h<T>(call, tile, course, row, unit);
-        arrays.c_n[place] = c;
+        arrays.c_n[place] = from_float<T>(c);
     }
-    return to_float(c);
+    return c;
 }
 
 /// The gate sums that were given of a unit and two rows, zeros where there are none: [row][gate].
@@ -220,10 +225,12 @@ __device__ inline void pass_through(const Backward& call, const Tile& tile, cons
     for (int place = 0; place < 4; ++place) {
         const int unit = first_unit + place / 2 * 8, row = first_row + place % 2, n = tile.first + row;
         if (unit >= call.hidden_size || n >= call.steps.batch || tile.lengths[row] > 0) continue;
-        const std::int64_t where =
-            (static_cast<std::int64_t>(course.stage) * call.steps.batch + n) * call.hidden_size + unit;
-        static_cast<T*>(call.grad_h)[where] = at_or_zero<T>(call.grad_h_n, where);
-        static_cast<T*>(call.grad_c)[where] = at_or_zero<T>(call.grad_c_n, where);
+        const std::int64_t where = state_place(call, tile, course, row, unit);
+        const float dh = carried_or<T>(call.from.h, call.grad_h_n, where);
+        const float dc = carried_or<T>(call.from.c, call.grad_c_n, where);
+        static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
+        static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
+        carry(call.to, where, dh, dc);
     }
 }
 
@@ -260,8 +267,9 @@ struct Left {
     }
 };
 
-/// dh and dc behind a step become dc before it; `put(place, results)` gets the gradients of the gate sums, zeros where
-/// there are none. At the step past the last nothing is put, and what a row began with gets its gradients.
+/// dh and dc behind a step become dc before it; `put(place, bits)` gets the gradients of the four gate sums, zeros
+/// where there are none. At the step past the last what a row began with gets its gradients, and put those two in
+/// float.
 template <class T, class Put>
 __device__ inline void step_back(const float (&dh_of)[4], float (&dc_of)[4], const Left<T>& left, const Backward& call,
                                  const BackwardArrays<T>& arrays, const Tile& tile, const Course& course, int step,
@@ -283,18 +291,24 @@ __device__ inline void step_back(const float (&dh_of)[4], float (&dc_of)[4], con
     for (int place = 0; place < 4; ++place) {
         const int e = place % 2, unit = first_unit + place / 2 * 8, n = tile.first + first_row + e;
         const bool there = unit < H && n < batch;
-        const std::int64_t where = (static_cast<std::int64_t>(course.stage) * batch + n) * H + unit;
+        const std::int64_t where = state_place(call, tile, course, first_row + e, unit);
         float dh = cut[e] ? 0.0f : dh_of[place], dc = cut[e] ? 0.0f : dc_of[place];
         if (there && length[e] > 0 && (course.falling ? step == course.steps : t == length[e])) {
             static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
             static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
         }
-        if (step == course.steps) continue;
+        if (step == course.steps) {
+            uint2 bits;
+            memcpy(&bits.x, &dh, 4);
+            memcpy(&bits.y, &dc, 4);
+            put(place, bits);
+            continue;
+        }
         T results[4];
         if (there && t < length[e]) {
             if (t == (course.falling ? length[e] - 1 : 0)) {
-                dh = to_float(at_or_zero<T>(call.grad_h_n, where));
-                dc = to_float(at_or_zero<T>(call.grad_c_n, where));
+                dh = carried_or<T>(call.from.h, call.grad_h_n, where);
+                dc = carried_or<T>(call.from.c, call.grad_c_n, where);
             }
             const float i = to_float(left.gates[place][0]), f = to_float(left.gates[place][1]);
             const float g = to_float(left.gates[place][2]), o = to_float(left.gates[place][3]);
@@ -316,20 +330,34 @@ __device__ inline void step_back(const float (&dh_of)[4], float (&dc_of)[4], con
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
         }
-        put(place, results);
+        put(place, make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
     }
 }
 
 /// The gradients of the gate sums of a unit and a row, where there are any.
 template <class T>
 __device__ inline void store_sums(const Backward& call, const BackwardArrays<T>& arrays, const Tile& tile,
-                                  const Course& course, int step, int row, int unit, const T (&results)[4]) {
+                                  const Course& course, int step, int row, int unit, const uint2& bits) {
     const int H = call.hidden_size, n = tile.first + row;
     if (unit >= H || n >= call.steps.batch) return;
     if (course.time_of(step) >= tile.lengths[row] && !zeros_past(call.steps)) return;
     T* const to = in_global(arrays.grad_sums) + static_cast<std::int64_t>(course.token(step) + n) * 4 * H + unit;
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
+    to[0] = from_bits<T>(bits.x);
+    to[H] = from_bits<T>(bits.x >> 16);
+    to[2 * H] = from_bits<T>(bits.y);
+    to[3 * H] = from_bits<T>(bits.y >> 16);
+}
+
+/// What step_back put at the step past the last goes on to the piece before.
+template <class Place>
+__device__ inline void carry_back(const Backward& call, const Tile& tile, const Course& course, int first_row,
+                                  int first_unit, const Place& result_place) {
+    for (int place = 0; place < 4; ++place) {
+        const int unit = first_unit + place / 2 * 8, row = first_row + place % 2;
+        if (unit >= call.hidden_size || tile.first + row >= call.steps.batch || tile.lengths[row] == 0) continue;
+        const float2 found = read<float2>(result_place(place));
+        carry(call.to, state_place(call, tile, course, row, unit), found.x, found.y);
+    }
 }
 
 }  // namespace cuda

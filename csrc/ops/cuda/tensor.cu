@@ -339,6 +339,18 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     block_sync();
     tell(course.steps);
 
+    // The cells and h are where the last step left them.
+    if (call.to.h) {
+        const int again = this_thread() % 32;
+        for (int pass = 0; pass < tile.passes(); ++pass)
+            for (int group = group_of(0); group < plan.groups; group += plan.warps)
+                for (int e = 0; e < 2; ++e) {
+                    const int unit = group * 8 + again / 4, row = pass * 8 + again % 4 * 2 + e;
+                    if (unit >= H || row >= tile.existing()) continue;
+                    carry(call.to, state_place(call, tile, course, row, unit),
+                          to_float(*h_place(course.steps, row, unit)), cells_of(pass, group, again)[e]);
+                }
+    }
     if (zeros_past(call.steps)) {
         clear_past(stage.y, tile, course.steps, H, call.directions * H);
         clear_past(stage.gates, tile, course.steps, 4 * H, 4 * H);
@@ -470,6 +482,10 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
     const auto values_of = [&](int step, int row) {
         return memory + plan.values_at + ((step & 1) * rows + row) * plan.stride;
     };
+    const auto result_place = [&](int step, int pass, int at, int place) {
+        const int row = row_of(pass) + place % 2, unit = unit_of(at) + place / 2 * 8;
+        return values_of(step, row) + chunk_of(unit / 2, row) * 16 + unit % 2 * 8;
+    };
     const auto work = [&](auto number, int step, int pass) {
         constexpr int j = decltype(number)::value;
         constexpr int here = L::kept_of(j);
@@ -500,11 +516,11 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         for (int place = 0; place < 4; ++place)
             dh_of[place] = (sums[0][0][place] + sums[0][1][place]) + (sums[1][0][place] + sums[1][1][place]);
         step_back(dh_of, dc_of, left, call, arrays, tile, course, step, row_of(pass), unit_of(tile_at(j)),
-                  [&](int place, const T(&results)[4]) {
-                      const int row = row_of(pass) + place % 2, unit = unit_of(tile_at(j)) + place / 2 * 8;
-                      write(values_of(step, row) + chunk_of(unit / 2, row) * 16 + unit % 2 * 8,
-                            make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
-                      store_sums(call, arrays, tile, course, step, row, unit, results);
+                  [&](int place, const uint2& bits) {
+                      write(result_place(step, pass, tile_at(j), place), bits);
+                      if (step < course.steps)
+                          store_sums(call, arrays, tile, course, step, row_of(pass) + place % 2,
+                                     unit_of(tile_at(j)) + place / 2 * 8, bits);
                   });
         write(carried(pass, tile_at(j)), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
     };
@@ -523,6 +539,12 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                 load(same ? step : step + 1, more ? pass : same ? pass + 1 : 0, more ? j + 1 : 0);
             });
     }
+    // Beside the values of the last step, which other warps may read still.
+    if (call.to.h)
+        for (int pass = 0; pass < tile.passes(); ++pass)
+            for (int at = tile_at(0); at < plan.blocks; at += plan.warps)
+                carry_back(call, tile, course, row_of(pass), unit_of(at),
+                           [&](int place) { return result_place(course.steps, pass, at, place); });
     if (zeros_past(call.steps)) clear_past(arrays.grad_sums, tile, course.steps, 4 * H, 4 * H);
 }
 
