@@ -161,14 +161,14 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     };
     for (int row = warp; row < tile.existing(); row += static_cast<int>(blockDim.x) / 32)
         for (int unit = lane; unit < H; unit += 32) *h_place(0, row, unit) = first_h<T>(call, tile, course, row, unit);
-    const auto cell_place = [&](const Work& work, int pass) {
-        return memory + spread.state_at + ((pass * spread.pieces + work.piece) * 32 + work.lane) * 8;
+    const auto cells_of = [&](const Work& work, int pass) {
+        return reinterpret_cast<float*>(memory + spread.state_at) +
+               ((pass * spread.pieces + work.piece) * 32 + work.lane) * 2;
     };
-    for (int pass = all_along.slice; pass < tile.passes(); pass += spread.slices) {
-        const int row = pass * 8 + 2 * all_along.q, unit = course.first_unit + all_along.piece * 8 + lane / 4;
-        write(cell_place(all_along, pass), make_float2(first_cell(call, arrays, tile, course, row, unit),
-                                                       first_cell(call, arrays, tile, course, row + 1, unit)));
-    }
+    for (int pass = all_along.slice; pass < tile.passes(); pass += spread.slices)
+        for (int e = 0; e < 2; ++e)
+            cells_of(all_along, pass)[e] = first_cell(call, arrays, tile, course, pass * 8 + 2 * all_along.q + e,
+                                                      course.first_unit + all_along.piece * 8 + lane / 4);
 
     std::uint32_t coming[8];  // gate sums that were given
     const auto load = [&](int step, int pass) {
@@ -201,9 +201,8 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     const auto finish = [&](const float (&all)[2][4], int step, int pass) {
         const Work work(spread, this_thread());
         const int at = work.piece * 8 + work.lane / 4, u = course.first_unit + at, row = pass * 8 + 2 * work.q;
-        const bool reset[2] = {is_reset_behind(tile, course, step, row), is_reset_behind(tile, course, step, row + 1)};
-        const float2 c_pair = read<float2>(cell_place(work, pass));
-        const float c_before[2] = {c_pair.x, c_pair.y};
+        const int resets = resets_behind(tile, course, step, row);
+        float* const cells = cells_of(work, pass);
         const float4 bias = biases[at];
         float a[2][4];
 #pragma unroll
@@ -216,32 +215,28 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         load_next(spread, tile, step, pass, load);
         unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 128;
 
-        float c_of[2], c_next[2];
+        const auto stage_place = [&](int e) {
+            return reinterpret_cast<T*>(stage + (2 * work.q + e) * 16) + work.lane / 4;
+        };
+        const float2 c_before = read<float2>(cells);
+        float c_of[2] = {c_before.x, c_before.y};
         T h_of[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
+            const bool past = course.time_of(step) >= tile.lengths[row + e];
             float h;
-            c_of[e] = c_before[e];
             update(a[e], c_of[e], h, T());
             h_of[e] = from_float<T>(h);
-            T h_next = h_of[e];
-            c_next[e] = c_of[e];
-            if (u < H)
-                carry_on(h_next, c_next[e], h_place(step, row + e, u), c_before[e], call, tile, course, step, row + e,
-                         u, reset[e]);
-            else
-                h_next = from_float<T>(0.0f);
-            write(stage + (2 * work.q + e) * 16 + work.lane / 4 * 2, h_next);
+            *stage_place(e) = u >= H ? from_float<T>(0.0f) : past ? *h_place(step, row + e, u) : h_of[e];
+            if (!past) cells[e] = c_of[e];
         }
-        write(cell_place(work, pass), make_float2(c_next[0], c_next[1]));
+        put_to_initial<T>(resets, call, course, u, cells, stage_place);
         if (step + 1 < course.steps) {
             warp_sync();
             send_rows<1>(exchange, spread, tile, step + 1, pass, course.first_unit / 8 + work.piece,
                          [&](int of_row, int) { return stage + of_row * 16; });
         }
-        if (u >= H) return;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) store_unit(call, arrays, tile, course, step, row + e, u, a[e], c_of[e], h_of[e]);
+        store_rows(call, arrays, tile, course, step, row, u, a, c_of, h_of);
     };
     const auto partial = [&](const Work& work, int pass, int of_slice) {
         return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + work.piece) * 1024 +
@@ -283,6 +278,19 @@ __device__ inline void sweep(const ForwardPlan& plan) {
                 finish(all, step, pass);
             }
         }
+    }
+
+    // A thread has the cells that it updated, and has written the h beside them.
+    if (call.to.h) {
+        const Work work(spread, this_thread());
+        for (int pass = work.slice; exists(work) && pass < tile.passes(); pass += spread.slices)
+            for (int e = 0; e < 2; ++e) {
+                const int row = pass * 8 + 2 * work.q + e, u = course.first_unit + work.piece * 8 + work.lane / 4;
+                if (u >= H || row >= tile.existing()) continue;
+                carry(call.to, state_place(call, tile, course, row, u),
+                      to_float(arrays.h_n[static_cast<std::int64_t>(tile.first + row) * H + u]),
+                      cells_of(work, pass)[e]);
+            }
     }
 
     // Nothing is sent behind the last meeting: no part writes to one that may have ended.
@@ -390,33 +398,30 @@ __device__ inline void sweep(const BackwardPlan& plan) {
         for (int place = 0; place < 4; ++place)
             dh_of[place] = (sums[0][0][place] + sums[0][1][place]) + (sums[1][0][place] + sums[1][1][place]);
     };
+    // Chunks of a row change places, so that lanes of four rows meet different banks.
+    const auto stage_place = [&](const Work& work, int pass, int row, int chunk) {
+        return memory + spread.stage_at + (pass * spread.pieces + work.piece) * 1024 + row * 128 +
+               (chunk ^ (row & 6)) * 16;
+    };
+    const auto result_place = [&](const Work& work, int pass, int place) {
+        return stage_place(work, pass, 2 * work.q + place % 2, work.lane / 8 + place / 2 * 4) + work.lane / 4 % 2 * 8;
+    };
     const auto finish = [&](const float (&dh_of)[4], int step, int pass) {
         const Work work(spread, this_thread());
-        unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 1024;
-        // Chunks of a row change places, so that lanes of four rows meet different banks.
-        const auto stage_place = [&](int row, int chunk) { return stage + row * 128 + (chunk ^ (row & 6)) * 16; };
-        const auto result_place = [&](int place) {
-            return stage_place(2 * work.q + place % 2, work.lane / 8 + place / 2 * 4) + work.lane / 4 % 2 * 8;
-        };
         const float4 dc_quad = read<float4>(carried(work, pass));
         float dc_of[4] = {dc_quad.x, dc_quad.y, dc_quad.z, dc_quad.w};
         step_back(dh_of, dc_of, left, call, arrays, tile, course, step, row_of(work, pass), unit_of(work),
-                  [&](int place, const T(&results)[4]) {
-                      write(result_place(place),
-                            make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
-                  });
+                  [&](int place, const uint2& bits) { write(result_place(work, pass, place), bits); });
         if (step == course.steps) return;
         write(carried(work, pass), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
         warp_sync();
-        send_rows<8>(exchange, spread, tile, step + 1, pass, (course.first_unit / 16 + work.piece) * 8, stage_place);
+        send_rows<8>(exchange, spread, tile, step + 1, pass, (course.first_unit / 16 + work.piece) * 8,
+                     [&](int row, int chunk) { return stage_place(work, pass, row, chunk); });
 // What nobody waits for.
 #pragma unroll 1
-        for (int place = 0; place < 4; ++place) {
-            const uint2 results = read<uint2>(result_place(place));
+        for (int place = 0; place < 4; ++place)
             store_sums(call, arrays, tile, course, step, row_of(work, pass) + place % 2, unit_of(work) + place / 2 * 8,
-                       {from_bits<T>(results.x), from_bits<T>(results.x >> 16), from_bits<T>(results.y),
-                        from_bits<T>(results.y >> 16)});
-        }
+                       read<uint2>(result_place(work, pass, place)));
     };
     const auto partial = [&](const Work& work, int pass, int of_slice) {
         return memory + spread.partial_at + ((pass * spread.slices + of_slice) * spread.pieces + work.piece) * 512 +
@@ -458,6 +463,12 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                 finish_and_load(dh_of, pass);
             }
         }
+    }
+    if (call.to.h) {
+        const Work work(spread, this_thread());
+        for (int pass = work.slice; exists(work) && pass < tile.passes(); pass += spread.slices)
+            carry_back(call, tile, course, row_of(work, pass), unit_of(work),
+                       [&](int place) { return result_place(work, pass, place); });
     }
     if (zeros_past(call.steps) && course.first_unit < H)
         for (int gate = 0; gate < 4; ++gate)

@@ -91,13 +91,17 @@ __device__ inline bool begins_reset(const Tile& tile, const Course& course, int 
     return !course.falling && tile.steps.reset && tile.lengths[row] > 0 && tile.reset(0, row);
 }
 
+/// Where h and c of a unit and a row lie in the arrays of a call.
+template <class Call>
+__device__ inline std::int64_t state_place(const Call& call, const Tile& tile, const Course& course, int row,
+                                           int unit) {
+    return (static_cast<std::int64_t>(course.stage) * call.steps.batch + tile.first + row) * call.hidden_size + unit;
+}
+
 template <class T>
 __device__ inline T first_h(const Forward& call, const Tile& tile, const Course& course, int row, int unit) {
-    const int H = call.hidden_size;
-    if (begins_reset(tile, course, row)) return at_or_zero<T>(call.initial_h, course.stage * H + unit);
-    return from_float<T>(
-        carried_or<T>(call.from.h, call.h,
-                      (static_cast<std::int64_t>(course.stage) * call.steps.batch + tile.first + row) * H + unit));
+    if (begins_reset(tile, course, row)) return at_or_zero<T>(call.initial_h, course.stage * call.hidden_size + unit);
+    return from_float<T>(carried_or<T>(call.from.h, call.h, state_place(call, tile, course, row, unit)));
 }
 
 /// The cell that a unit begins with. A row without a step ends where it began.
@@ -107,14 +111,11 @@ __device__ inline float first_cell(const Forward& call, const ForwardArrays<T>& 
     const int H = call.hidden_size, n = tile.first + row;
     if (unit >= H || n >= call.steps.batch) return 0.0f;
     if (begins_reset(tile, course, row)) return to_float(at_or_zero<T>(call.initial_c, course.stage * H + unit));
-    const std::int64_t place = static_cast<std::int64_t>(n) * H + unit;
-    const std::int64_t of_all = static_cast<std::int64_t>(course.stage) * call.steps.batch * H + place;
-    const float c = carried_or<T>(call.from.c, call.c, of_all);
+    const float c = carried_or<T>(call.from.c, call.c, state_place(call, tile, course, row, unit));
     if (tile.lengths[row] == 0) {
-        const T h = first_h<T>(call, tile, course, row, unit);
-        arrays.h_n[place] = h;
+        const std::int64_t place = static_cast<std::int64_t>(n) * H + unit;
+        arrays.h_n[place] = first_h<T>(call, tile, course, row, unit);
         arrays.c_n[place] = from_float<T>(c);
-        carry(call.to, of_all, to_float(h), c);
     }
     return c;
 }
@@ -136,48 +137,56 @@ __device__ inline void load_sums(std::uint32_t (&coming)[8], const ForwardArrays
     }
 }
 
-/// Whether a row is put to the initial state behind this step.
-__device__ inline bool is_reset_behind(const Tile& tile, const Course& course, int step, int row) {
-    if (!tile.steps.reset) return false;
+/// Which of two rows are put to the initial state behind this step, a bit each.
+__device__ inline int resets_behind(const Tile& tile, const Course& course, int step, int first_row) {
     const int t = course.time_of(step), flagged = course.falling ? t : t + 1;
-    return flagged > 0 && flagged < tile.lengths[row] && tile.reset(flagged, row);
-}
-
-/// h and c behind a step become what the next one begins with; `h_before` and `c_before`: what this one did.
-template <class T>
-__device__ inline void carry_on(T& h, float& c, const T* h_before, float c_before, const Forward& call,
-                                const Tile& tile, const Course& course, int step, int row, int unit, bool reset) {
-    if (course.time_of(step) >= tile.lengths[row]) {
-        h = *h_before;
-        c = c_before;
-    } else if (reset) {
-        h = at_or_zero<T>(call.initial_h, course.stage * call.hidden_size + unit);
-        c = to_float(at_or_zero<T>(call.initial_c, course.stage * call.hidden_size + unit));
-    }
-}
-
-/// What nobody waits for.
-template <class T>
-__device__ inline void store_unit(const Forward& call, const ForwardArrays<T>& arrays, const Tile& tile,
-                                  const Course& course, int step, int row, int unit, const float (&gates)[4], float c,
-                                  T h) {
-    const int n = tile.first + row, length = tile.lengths[row], t = course.time_of(step), H = call.hidden_size;
-    const bool past = t >= length;
-    if (past && (!zeros_past(call.steps) || n >= call.steps.batch)) return;
-    const std::int64_t token = course.token(step) + n;
-    const T zero = from_float<T>(0.0f);
-    in_global(arrays.y)[token * call.directions * H + unit] = past ? zero : h;
-    if (arrays.gates) {
-        T* const to = in_global(arrays.gates) + token * 4 * H + unit;
+    int found = 0;
+    if (tile.steps.reset && flagged > 0)
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) to[gate * H] = past ? zero : from_float<T>(gates[gate]);
-        in_global(arrays.cells)[token * H + unit] = past ? zero : from_float<T>(c);
+        for (int e = 0; e < 2; ++e)
+            if (flagged < tile.lengths[first_row + e] && tile.reset(flagged, first_row + e)) found |= 1 << e;
+    return found;
+}
+
+/// Puts them there: h_place(e) and cells[e], shared, which hold what the step found.
+template <class T, class Place>
+__device__ inline void put_to_initial(int resets, const Forward& call, const Course& course, int unit, float* cells,
+                                      const Place& h_place) {
+    if (unit >= call.hidden_size) return;
+#pragma unroll 1
+    for (int e = 0; resets >> e != 0; ++e) {
+        if ((resets >> e & 1) == 0) continue;
+        *h_place(e) = at_or_zero<T>(call.initial_h, course.stage * call.hidden_size + unit);
+        cells[e] = to_float(at_or_zero<T>(call.initial_c, course.stage * call.hidden_size + unit));
     }
-    if (!past && t == (course.falling ? 0 : length - 1)) {
-        const std::int64_t place = static_cast<std::int64_t>(n) * H + unit;
-        in_global(arrays.h_n)[place] = h;
-        in_global(arrays.c_n)[place] = from_float<T>(c);
-        carry(call.to, static_cast<std::int64_t>(course.stage) * call.steps.batch * H + place, to_float(h), c);
+}
+
+/// What nobody waits for, of two rows.
+template <class T>
+__device__ inline void store_rows(const Forward& call, const ForwardArrays<T>& arrays, const Tile& tile,
+                                  const Course& course, int step, int first_row, int unit, const float (&gates)[2][4],
+                                  const float (&c)[2], const T (&h)[2]) {
+    const int H = call.hidden_size, t = course.time_of(step);
+    if (unit >= H) return;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int n = tile.first + first_row + e, length = tile.lengths[first_row + e];
+        const bool past = t >= length;
+        if (past && (!zeros_past(call.steps) || n >= call.steps.batch)) continue;
+        const std::int64_t token = course.token(step) + n;
+        const T zero = from_float<T>(0.0f);
+        in_global(arrays.y)[token * call.directions * H + unit] = past ? zero : h[e];
+        if (arrays.gates) {
+            T* const to = in_global(arrays.gates) + token * 4 * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; ++gate) to[gate * H] = past ? zero : from_float<T>(gates[e][gate]);
+            in_global(arrays.cells)[token * H + unit] = past ? zero : from_float<T>(c[e]);
+        }
+        if (!past && t == (course.falling ? 0 : length - 1)) {
+            const std::int64_t place = static_cast<std::int64_t>(n) * H + unit;
+            in_global(arrays.h_n)[place] = h[e];
+            in_global(arrays.c_n)[place] = from_float<T>(c[e]);
+        }
     }
 }
 
@@ -216,8 +225,7 @@ __device__ inline void pass_through(const Backward& call, const Tile& tile, cons
     for (int place = 0; place < 4; ++place) {
         const int unit = first_unit + place / 2 * 8, row = first_row + place % 2, n = tile.first + row;
         if (unit >= call.hidden_size || n >= call.steps.batch || tile.lengths[row] > 0) continue;
-        const std::int64_t where =
-            (static_cast<std::int64_t>(course.stage) * call.steps.batch + n) * call.hidden_size + unit;
+        const std::int64_t where = state_place(call, tile, course, row, unit);
         const float dh = carried_or<T>(call.from.h, call.grad_h_n, where);
         const float dc = carried_or<T>(call.from.c, call.grad_c_n, where);
         static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
@@ -259,8 +267,9 @@ struct Left {
     }
 };
 
-/// dh and dc behind a step become dc before it; `put(place, results)` gets the gradients of the gate sums, zeros where
-/// there are none. At the step past the last nothing is put, and what a row began with gets its gradients.
+/// dh and dc behind a step become dc before it; `put(place, bits)` gets the gradients of the four gate sums, zeros
+/// where there are none. At the step past the last what a row began with gets its gradients, and put those two in
+/// float.
 template <class T, class Put>
 __device__ inline void step_back(const float (&dh_of)[4], float (&dc_of)[4], const Left<T>& left, const Backward& call,
                                  const BackwardArrays<T>& arrays, const Tile& tile, const Course& course, int step,
@@ -282,14 +291,19 @@ __device__ inline void step_back(const float (&dh_of)[4], float (&dc_of)[4], con
     for (int place = 0; place < 4; ++place) {
         const int e = place % 2, unit = first_unit + place / 2 * 8, n = tile.first + first_row + e;
         const bool there = unit < H && n < batch;
-        const std::int64_t where = (static_cast<std::int64_t>(course.stage) * batch + n) * H + unit;
+        const std::int64_t where = state_place(call, tile, course, first_row + e, unit);
         float dh = cut[e] ? 0.0f : dh_of[place], dc = cut[e] ? 0.0f : dc_of[place];
         if (there && length[e] > 0 && (course.falling ? step == course.steps : t == length[e])) {
             static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
             static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
-            carry(call.to, where, dh, dc);
         }
-        if (step == course.steps) continue;
+        if (step == course.steps) {
+            uint2 bits;
+            memcpy(&bits.x, &dh, 4);
+            memcpy(&bits.y, &dc, 4);
+            put(place, bits);
+            continue;
+        }
         T results[4];
         if (there && t < length[e]) {
             if (t == (course.falling ? length[e] - 1 : 0)) {
@@ -316,20 +330,34 @@ __device__ inline void step_back(const float (&dh_of)[4], float (&dc_of)[4], con
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
         }
-        put(place, results);
+        put(place, make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
     }
 }
 
 /// The gradients of the gate sums of a unit and a row, where there are any.
 template <class T>
 __device__ inline void store_sums(const Backward& call, const BackwardArrays<T>& arrays, const Tile& tile,
-                                  const Course& course, int step, int row, int unit, const T (&results)[4]) {
+                                  const Course& course, int step, int row, int unit, const uint2& bits) {
     const int H = call.hidden_size, n = tile.first + row;
     if (unit >= H || n >= call.steps.batch) return;
     if (course.time_of(step) >= tile.lengths[row] && !zeros_past(call.steps)) return;
     T* const to = in_global(arrays.grad_sums) + static_cast<std::int64_t>(course.token(step) + n) * 4 * H + unit;
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
+    to[0] = from_bits<T>(bits.x);
+    to[H] = from_bits<T>(bits.x >> 16);
+    to[2 * H] = from_bits<T>(bits.y);
+    to[3 * H] = from_bits<T>(bits.y >> 16);
+}
+
+/// What step_back put at the step past the last goes on to the piece before.
+template <class Place>
+__device__ inline void carry_back(const Backward& call, const Tile& tile, const Course& course, int first_row,
+                                  int first_unit, const Place& result_place) {
+    for (int place = 0; place < 4; ++place) {
+        const int unit = first_unit + place / 2 * 8, row = first_row + place % 2;
+        if (unit >= call.hidden_size || tile.first + row >= call.steps.batch || tile.lengths[row] == 0) continue;
+        const float2 found = read<float2>(result_place(place));
+        carry(call.to, state_place(call, tile, course, row, unit), found.x, found.y);
+    }
 }
 
 }  // namespace cuda

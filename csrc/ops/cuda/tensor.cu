@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     const Forward& call = plan.call;
     unsigned char* const memory = shared_memory();
     auto& stage = *reinterpret_cast<Stage<T>*>(memory + arrays_at);
+    static_assert(arrays_at + sizeof(stage) <= header_bytes, "the header has room");
     auto& course = stage.course;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int H = call.hidden_size, h_blocks = (H + 31) / 32;
@@ -134,17 +135,17 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
         }
     }
 
-    const auto cell_place = [&](int pass, int group, int lane) {
-        return memory + plan.cells_at + ((pass * plan.groups + group) * 32 + lane) * 8;
+    const auto cells_of = [&](int pass, int group, int lane) {
+        return reinterpret_cast<float*>(memory + plan.cells_at) + ((pass * plan.groups + group) * 32 + lane) * 2;
     };
     for (int pass = 0; pass < tile.passes(); ++pass)
-        for (int group = warp; group < plan.groups; group += plan.warps) {
-            const int unit = group * 8 + lane / 4, row = pass * 8 + lane % 4 * 2;
-            for (int e = 0; e < 2 && unit < H && row + e < tile.existing(); ++e)
-                *h_place(0, row + e, unit) = first_h<T>(call, tile, course, row + e, unit);
-            write(cell_place(pass, group, lane), make_float2(first_cell(call, stage, tile, course, row, unit),
-                                                             first_cell(call, stage, tile, course, row + 1, unit)));
-        }
+        for (int group = warp; group < plan.groups; group += plan.warps)
+            for (int e = 0; e < 2; ++e) {
+                const int unit = group * 8 + lane / 4, row = pass * 8 + lane % 4 * 2 + e;
+                if (unit < H && row < tile.existing())
+                    *h_place(0, row, unit) = first_h<T>(call, tile, course, row, unit);
+                cells_of(pass, group, lane)[e] = first_cell(call, stage, tile, course, row, unit);
+            }
 
     // Input steps: of step s in buffer s % 3, as the step before reads its first part ahead of the barrier. 16 lanes
     // take every 16th pair of values of a row, 2 rows a warp.
@@ -242,6 +243,10 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             multiply_block<T>(sums, found, read<uint4>(values + (block - first) * block_bytes));
         }
     };
+    const auto clear_second = [&] {
+#pragma unroll
+        for (int at = 0; at < 8; ++at) sums[1][at / 4][at % 4] = 0.0f;
+    };
     const auto group_of = [&](int j) { return this_thread() / 32 + j * plan.warps; };
     const auto load = [&](int step, int pass, int j) {
         const int again = this_thread() % 32;
@@ -259,10 +264,9 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
             sums[0][0][2 + e] = bias.y;
             sums[0][1][e] = bias.z;
             sums[0][1][2 + e] = bias.w;
-#pragma unroll
-            for (int tile_at = 0; tile_at < 2; ++tile_at) sums[1][tile_at][e] = sums[1][tile_at][2 + e] = 0.0f;
         }
         if (fused) {
+            clear_second();
             if (stage.blocks > h_blocks)
                 multiply(unit, h_blocks, stage.blocks,
                          x_values(step) + pass * 8 * plan.x_stride + values_place(again, plan.x_stride));
@@ -279,30 +283,32 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     };
     const auto finish = [&](auto unit, int step, int pass) {
         constexpr int j = decltype(unit)::value;
+        const int resets = resets_behind(tile, course, step, pass * 8 + this_thread() % 4 * 2);
+        if (!fused) clear_second();
         multiply(unit, 0, h_blocks,
                  memory + plan.h_at + ((step & 1) * rows + pass * 8) * plan.h_stride +
                      values_place(this_thread() % 32, plan.h_stride));
         // Late in a step, when what the step before wrote has long arrived: the release waits for it.
         if (j == 0 && pass == 0 && step % 2 == 1) tell(step);
         const int again = this_thread() % 32, row = pass * 8 + again % 4 * 2, u = group_of(j) * 8 + again / 4;
-        const bool reset[2] = {is_reset_behind(tile, course, step, row), is_reset_behind(tile, course, step, row + 1)};
-        const float2 c_pair = read<float2>(cell_place(pass, group_of(j), again));
-        float c_of[2] = {c_pair.x, c_pair.y};
+        float* const cells = cells_of(pass, group_of(j), again);
+        const float2 c_before = read<float2>(cells);
+        float a[2][4], c_of[2] = {c_before.x, c_before.y};
+        T h_of[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            float a[4], h_wide, c = c_of[e];
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
-                a[gate] = sums[0][gate / 2][gate % 2 * 2 + e] + sums[1][gate / 2][gate % 2 * 2 + e];
-            update(a, c, h_wide, T());
-            if (u >= H) continue;
-            T h = from_float<T>(h_wide);
-            store_unit(call, stage, tile, course, step, row + e, u, a, c, h);
-            carry_on(h, c, h_place(step, row + e, u), c_of[e], call, tile, course, step, row + e, u, reset[e]);
-            *h_place(step + 1, row + e, u) = h;
-            c_of[e] = c;
+                a[e][gate] = sums[0][gate / 2][gate % 2 * 2 + e] + sums[1][gate / 2][gate % 2 * 2 + e];
+            const bool past = course.time_of(step) >= tile.lengths[row + e];
+            float h;
+            update(a[e], c_of[e], h, T());
+            h_of[e] = from_float<T>(h);
+            if (u < H) *h_place(step + 1, row + e, u) = past ? *h_place(step, row + e, u) : h_of[e];
+            if (!past) cells[e] = c_of[e];
         }
-        write(cell_place(pass, group_of(j), again), make_float2(c_of[0], c_of[1]));
+        put_to_initial<T>(resets, call, course, u, cells, [&](int e) { return h_place(step + 1, row + e, u); });
+        store_rows(call, stage, tile, course, step, row, u, a, c_of, h_of);
     };
 
     if (course.steps > 0) {
@@ -333,6 +339,18 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     block_sync();
     tell(course.steps);
 
+    // The cells and h are where the last step left them.
+    if (call.to.h) {
+        const int again = this_thread() % 32;
+        for (int pass = 0; pass < tile.passes(); ++pass)
+            for (int group = group_of(0); group < plan.groups; group += plan.warps)
+                for (int e = 0; e < 2; ++e) {
+                    const int unit = group * 8 + again / 4, row = pass * 8 + again % 4 * 2 + e;
+                    if (unit >= H || row >= tile.existing()) continue;
+                    carry(call.to, state_place(call, tile, course, row, unit),
+                          to_float(*h_place(course.steps, row, unit)), cells_of(pass, group, again)[e]);
+                }
+    }
     if (zeros_past(call.steps)) {
         clear_past(stage.y, tile, course.steps, H, call.directions * H);
         clear_past(stage.gates, tile, course.steps, 4 * H, 4 * H);
@@ -464,6 +482,10 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
     const auto values_of = [&](int step, int row) {
         return memory + plan.values_at + ((step & 1) * rows + row) * plan.stride;
     };
+    const auto result_place = [&](int step, int pass, int at, int place) {
+        const int row = row_of(pass) + place % 2, unit = unit_of(at) + place / 2 * 8;
+        return values_of(step, row) + chunk_of(unit / 2, row) * 16 + unit % 2 * 8;
+    };
     const auto work = [&](auto number, int step, int pass) {
         constexpr int j = decltype(number)::value;
         constexpr int here = L::kept_of(j);
@@ -494,11 +516,11 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         for (int place = 0; place < 4; ++place)
             dh_of[place] = (sums[0][0][place] + sums[0][1][place]) + (sums[1][0][place] + sums[1][1][place]);
         step_back(dh_of, dc_of, left, call, arrays, tile, course, step, row_of(pass), unit_of(tile_at(j)),
-                  [&](int place, const T(&results)[4]) {
-                      const int row = row_of(pass) + place % 2, unit = unit_of(tile_at(j)) + place / 2 * 8;
-                      write(values_of(step, row) + chunk_of(unit / 2, row) * 16 + unit % 2 * 8,
-                            make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
-                      store_sums(call, arrays, tile, course, step, row, unit, results);
+                  [&](int place, const uint2& bits) {
+                      write(result_place(step, pass, tile_at(j), place), bits);
+                      if (step < course.steps)
+                          store_sums(call, arrays, tile, course, step, row_of(pass) + place % 2,
+                                     unit_of(tile_at(j)) + place / 2 * 8, bits);
                   });
         write(carried(pass, tile_at(j)), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
     };
@@ -517,6 +539,12 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                 load(same ? step : step + 1, more ? pass : same ? pass + 1 : 0, more ? j + 1 : 0);
             });
     }
+    // Beside the values of the last step, which other warps may read still.
+    if (call.to.h)
+        for (int pass = 0; pass < tile.passes(); ++pass)
+            for (int at = tile_at(0); at < plan.blocks; at += plan.warps)
+                carry_back(call, tile, course, row_of(pass), unit_of(at),
+                           [&](int place) { return result_place(course.steps, pass, at, place); });
     if (zeros_past(call.steps)) clear_past(arrays.grad_sums, tile, course.steps, 4 * H, 4 * H);
 }
 
