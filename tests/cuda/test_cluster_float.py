@@ -1,4 +1,4 @@
-"""Weights over several blocks (csrc/ops/cuda/cluster_float.cu, cluster_float_backward.cu), emulated, against the formula in double."""
+"""Weights over several blocks, sums in float (cluster_float*.cu of csrc/ops/cuda), emulated, against double."""
 
 from pathlib import Path
 
@@ -24,10 +24,10 @@ def test_what_fits(program: Path) -> None:
     """Every size up to the largest: the shared memory and the multiprocessors of an H100 hold them."""
     lines = run(program, "sizes").stdout.splitlines()[:-1]
     assert lines == [
-        "forward cluster: H to 832",
-        "forward grid: H to 2048",
-        "backward cluster: H to 688",
-        "backward grid: H to 2048",
+        "cluster, 1 rows: H to 576",
+        "cluster, 16 rows: H to 576",
+        "grid, 1 rows: H to 1728",
+        "grid, 16 rows: H to 1728",
     ]
 
 
