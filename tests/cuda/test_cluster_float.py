@@ -24,10 +24,14 @@ def test_what_fits(program: Path) -> None:
     """Every size up to the largest: the shared memory and the multiprocessors of an H100 hold them."""
     lines = run(program, "sizes").stdout.splitlines()[:-1]
     assert lines == [
-        "forward cluster: H to 832",
-        "forward grid: H to 2048",
-        "backward cluster: H to 688",
-        "backward grid: H to 2048",
+        "forward cluster, 1 rows: H to 576",
+        "forward cluster, 16 rows: H to 576",
+        "forward grid, 1 rows: H to 1728",
+        "forward grid, 16 rows: H to 1728",
+        "backward cluster, 1 rows: H to 576",
+        "backward cluster, 16 rows: H to 576",
+        "backward grid, 1 rows: H to 1584",
+        "backward grid, 16 rows: H to 1584",
     ]
 
 
