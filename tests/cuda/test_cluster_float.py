@@ -1,4 +1,4 @@
-"""Weights over several blocks, sums in float (cluster_float*.cu of csrc/ops/cuda), emulated, against double."""
+"""Weights over several blocks (csrc/ops/cuda/cluster_float.cu, cluster_float_backward.cu), emulated, against the formula in double."""
 
 from pathlib import Path
 
@@ -24,10 +24,14 @@ def test_what_fits(program: Path) -> None:
     """Every size up to the largest: the shared memory and the multiprocessors of an H100 hold them."""
     lines = run(program, "sizes").stdout.splitlines()[:-1]
     assert lines == [
-        "cluster, 1 rows: H to 576",
-        "cluster, 16 rows: H to 576",
-        "grid, 1 rows: H to 1728",
-        "grid, 16 rows: H to 1728",
+        "forward cluster, 1 rows: H to 576",
+        "forward cluster, 16 rows: H to 576",
+        "forward grid, 1 rows: H to 1728",
+        "forward grid, 16 rows: H to 1728",
+        "backward cluster, 1 rows: H to 576",
+        "backward cluster, 16 rows: H to 576",
+        "backward grid, 1 rows: H to 1584",
+        "backward grid, 16 rows: H to 1584",
     ]
 
 
