@@ -397,7 +397,8 @@ void sizes() {
 
 }  // namespace
 
-/// alone, together: options; sizes: which H fit; few: some of all, for other seeds and sanitizers.
+/// alone, together: options; sizes: which H fit; few: some of all, for other seeds and
+/// sanitizers; races: less.
 int main(int count, char** arguments) {
     const std::string what = count > 1 ? arguments[1] : "few";
     unsigned seed = 1;
@@ -453,6 +454,9 @@ int main(int count, char** arguments) {
         one(21, 6, 4, all_options, {ClusterForm::cluster, 5});
         one(12, 9, 3, all_options, {ClusterForm::grid, 2}, 2);
     }
+    if (what == "races")  // the sanitizer's threads are slow
+        for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid})
+            for (const unsigned options : {0u, all_options & ~reverse}) one(10, 3, 3, options, {exchange, 2});
     if (what == "sizes") sizes();
     std::printf("%d cases, digest %016llx\n", cases, static_cast<unsigned long long>(digest));
 }

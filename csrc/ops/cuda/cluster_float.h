@@ -51,9 +51,10 @@ struct FloatSpread : Sharing {
     int sums_at;       ///< places in shared memory, in bytes: of each warp [panel][quad][row] its sums
     int own_at;
     int own_rows_at;
-    int apart_at;  ///< behind it what is told
-    int rest_at;   ///< weights that are not in registers
-    int shared;    ///< bytes
+    int apart_at;         ///< behind it what is told
+    int rest_at;          ///< weights that are not in registers
+    int shared;           ///< bytes
+    std::int64_t cycles;  ///< of a step of all rows, roughly
 };
 
 /// What all threads of a part know, in shared memory, as registers are for weights.
