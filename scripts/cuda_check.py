@@ -85,6 +85,7 @@ class Check:
     dry_run: bool
     limit: float
     reserve: float = 0.0  #: seconds kept for what comes last
+    emulation: Path | None = None  #: of a dry run
     begin: float = field(default_factory=time.monotonic)
     parts: list[Part] = field(default_factory=list)
 
@@ -150,8 +151,8 @@ class Check:
         found = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONDONTWRITEBYTECODE": "1"}
         if PROBE.exists():
             found["CELLSTEP_CUDA_PROBE"] = str(PROBE)
-        if self.dry_run:
-            found["CELLSTEP_EMULATED_LIBRARY"] = str(BUILD / "cmake" / "tests" / "cuda" / EMULATION)
+        if self.emulation:
+            found["CELLSTEP_EMULATED_LIBRARY"] = str(self.emulation)
         return found
 
 
@@ -248,6 +249,10 @@ def build(check: Check, libraries: Path | None) -> bool:
     if module is None:
         return check.add("libraries", False, f"expected the module _runtime in '{libraries}'; got none").passed
     shutil.copy2(module, PACKAGE / "cellstep" / module.name)
+    if check.dry_run:
+        check.emulation = next(libraries.rglob(EMULATION), None)
+        if check.emulation is None:
+            return check.add("libraries", False, f"expected {EMULATION} in '{libraries}'; got none").passed
     if probe := next((path for path in libraries.rglob("cuda_probe") if path.is_file()), None):
         shutil.copy2(probe, PROBE)
     return True

@@ -97,6 +97,9 @@ def _rows() -> list[Row]:
         large(1, 1024, 256, 256, 1, dtype="bfloat16", goals=(4, 3)),
         large(16, 1024, 512, 512, 1, dtype="bfloat16", goals=(4, 3)),
         large(16, 1024, 512, 512, 1, dtype="float32", goals=(3, 2)),
+        # What torch does of itself with float32 weights.
+        Row("large", 1, 1024, 256, 256, 1, "TF32"),
+        Row("large", 16, 1024, 512, 512, 1, "TF32"),
         large(64, 256, 512, 512, 2, dtype="bfloat16", goals=(2.5, 2), bidirectional=True),
         large(16, 1024, 1024, 1024, 1, dtype="bfloat16", goals=(3, 2)),
         large(16, 1024, 768, 768, 1, dtype="bfloat16", goals=(2, 2), against=FLASH),
