@@ -64,12 +64,12 @@ __host__ __device__ constexpr int slots_of(int columns, int lanes, int rows, int
 
 /// With this many columns in registers a group owns a fifth sum of every row: 160 units are then 8 warps' work, and no
 /// more than 8 warps can have 255 registers each.
-__host__ __device__ constexpr bool has_fifth(int held) { return held == 38 || held == 40; }
+__host__ __device__ constexpr bool has_fifth(int held) { return held == 36 || held == 40; }
 
 /// Columns in registers where a group has few lanes: as many as the sums of so many rows leave registers for.
 constexpr int narrow_held(int rows, bool fifth) {
-    if (fifth) return rows == 1 ? 40 : 38;
-    return rows == 1 ? 48 : rows == 2 ? 44 : 36;
+    if (fifth) return rows == 1 ? 40 : 36;
+    return rows == 1 ? 48 : rows == 2 ? 44 : 35;
 }
 
 /// Sums of a warp of groups, for a row.
