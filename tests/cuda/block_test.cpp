@@ -1,6 +1,6 @@
 // csrc/ops/cuda/block.cu on the processor against loops in double. Prints what differs; the exit status says whether.
 //
-// With an argument, runs that many cases instead of all.
+// With an argument, runs that many cases instead of all; with another, all of that hidden size and short.
 
 #include <algorithm>
 #include <cmath>
@@ -395,11 +395,13 @@ void check(const Case& c) {
 
 int main(int count, char** arguments) {
     int left = count > 1 ? std::atoi(arguments[1]) : 1 << 30, done = 0;
+    const int only = count > 2 ? std::atoi(arguments[2]) : 0;
     const int sizes[] = {1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 50, 64, 65, 96, 97, 100, 128, 129, 150, 155, 160};
     const DataType types[] = {DataType::float32, DataType::float32, DataType::float16, DataType::bfloat16};
     for (int round = 0; round < 12 && left > 0; ++round) {
-        for (const int H : sizes) {
+        for (const int size : sizes) {
             if (left-- <= 0) break;
+            const int H = only ? only : size;
             Case c{};
             c.type = types[pick(0, 3)];
             c.hidden = H;
@@ -413,6 +415,10 @@ int main(int count, char** arguments) {
             }
             c.batch = pick(0, 9) == 0 ? 0 : pick(1, 7);
             c.steps = pick(0, 9) == 0 ? 1 : pick(1, 7);
+            if (only) {
+                c.steps = std::min(c.steps, 2);
+                c.batch = std::min(c.batch, 2);
+            }
             c.reverse = c.directions == 1 && pick(0, 1) == 1;
             c.packed = pick(0, 3) == 0;
             c.lengths = !c.packed && pick(0, 1) == 1;

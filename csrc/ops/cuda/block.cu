@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
         block_sync();
     }
     const int tile = ticket / stages, stage = ticket % stages;
-    const int layer = stage / call.directions, direction = stage % call.directions;
+    const int layer = only_given ? 0 : stage / call.directions;
+    const int direction = only_given ? stage : stage % call.directions;
     int* const flags = layers > 1 ? call.progress + 1 + tile * stages : nullptr;
     const bool publishes = layer + 1 < layers;
 
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
     const int share = own_gates == 4 ? 0 : part % (Lanes / Rows);
     const int own_row = fifth ? 0 : Rows >= Lanes ? part * own_rows : part / (Lanes / Rows);
     const bool keeps_state = real && (own_gates == 4 || share == (own_gates == 2 ? 1 : 2));
-    float bias[own_gates], h[own_rows], c[own_rows];
+    float bias[own_gates], c[own_rows];
     int lengths[own_rows];
 #pragma unroll
     for (int at = 0; at < own_gates; ++at) {
@@ -110,9 +111,10 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
 #pragma unroll
     for (int at = 0; at < own_rows; ++at) {
         lengths[at] = real ? sweep.length(own_row + at) : 0;
-        h[at] = exists(at) ? state_or(call.from.h, call.h, type, state_at(at)) : 0.0f;
         c[at] = exists(at) ? state_or(call.from.c, call.c, type, state_at(at)) : 0.0f;
     }
+    // A row's h is kept in the vector alone: a register for it would be one too many.
+    const auto h_in = [&](float* vector, int at) -> float& { return vector[unit * Rows + own_row + at]; };
     const auto initial = [&](const void* data) {
         return data ? decode(load(data, type, static_cast<std::int64_t>(stage) * hidden + unit), type) : 0.0f;
     };
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
     for (int at = thread; at < 2 * vector_size; at += blockDim.x) vectors[at] = 0.0f;
     for (int step = 0; step < 3; ++step) wait_for(step);
     block_sync();
-    int base = sweep.base(0), next_base = sweep.base(1), third_base = sweep.base(2);
+    int base = sweep.base(0), next_base = sweep.base(1);
     if (given_sums) {
         load_sums(0, base);
     } else {
@@ -191,11 +193,12 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
     }
 #pragma unroll
     for (int at = 0; at < own_rows; ++at) {
+        float h = exists(at) ? state_or(call.from.h, call.h, type, state_at(at)) : 0.0f;
         if (reset_before(0, at)) {
-            h[at] = initial(call.initial_h);
+            h = initial(call.initial_h);
             c[at] = initial(call.initial_c);
         }
-        if (keeps_state) vectors[unit * Rows + own_row + at] = h[at];
+        if (keeps_state) h_in(vectors, at) = h;
     }
 
     float *vector = vectors, *next = vectors + vector_size;
@@ -208,7 +211,7 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
             store_release(flags + stage, step);
             to_publish += task.publish_every;
         }
-        const int fourth_base = sweep.base(step + 3);
+        const int third_base = sweep.base(step + 2);
         unsigned char reset[own_rows];
 #pragma unroll
         for (int at = 0; at < own_rows; ++at) reset[at] = reset_before(step + 1, at);
@@ -251,16 +254,10 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
                 product = shuffle_xor(f * o, 16);
             }
             if (keeps_state) {
-                if (active) {
-                    c[at] = f * c[at] + product;
-                    h[at] = o * tanh_of(c[at]);
-                }
-                const float last = h[at], last_cell = c[at];
-                if (reset[at]) {
-                    h[at] = initial(call.initial_h);
-                    c[at] = initial(call.initial_c);
-                }
-                next[unit * Rows + own_row + at] = h[at];
+                if (active) c[at] = f * c[at] + product;
+                const float last = active ? o * tanh_of(c[at]) : h_in(vector, at), last_cell = c[at];
+                h_in(next, at) = reset[at] ? initial(call.initial_h) : last;
+                if (reset[at]) c[at] = initial(call.initial_c);
                 if (active) {
                     store(y, type, std::int64_t(token) * features + unit, last);
                     if (call.cells)
@@ -284,7 +281,6 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
         }
         base = next_base;
         next_base = third_base;
-        third_base = fourth_base;
         float* const last_vector = vector;
         vector = next;
         next = last_vector;
@@ -296,9 +292,9 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
 #pragma unroll
     for (int at = 0; at < own_rows; ++at) {
         if (!keeps_state || !exists(at)) continue;
-        store(call.h_n, type, state_at(at), h[at]);
+        store(call.h_n, type, state_at(at), h_in(vector, at));
         store(call.c_n, type, state_at(at), c[at]);
-        carry(call.to, state_at(at), h[at], c[at]);
+        carry(call.to, state_at(at), h_in(vector, at), c[at]);
     }
     clear_past_lengths(y, type, sweep, Rows, features, hidden);
     clear_past_lengths(behind(call.gates, type, std::int64_t(stage_tokens) * 4 * hidden), type, sweep, Rows, 4 * hidden,
@@ -401,13 +397,13 @@ __global__ void __launch_bounds__(most_threads(Held)) backward(const __grid_cons
     };
 
     for (int at = threadIdx.x; at < 2 * vector_size; at += blockDim.x) vectors[at] = 0.0f;
-    int next_base = sweep.base(1), third_base = sweep.base(2), base = sweep.base(0);
+    int base = sweep.base(0), next_base = sweep.base(1);
     fetch(0, base, next_base);
-    bool was_active[own_rows] = {}, was_reset[own_rows] = {};
+    bool goes_on[own_rows] = {};  ///< the step has come out of the one that the sums are of
     float *vector = vectors, *next = vectors + vector_size;
     for (int step = 0;; ++step) {
         block_sync();
-        const int fourth_base = sweep.base(step + 3);
+        const int third_base = sweep.base(step + 2);
         float sums[HeldWeights<Lanes, Held, Rows>::sum_count];
         weights.multiply(sums, vector, part);
         if constexpr (fifth) {
@@ -420,7 +416,7 @@ __global__ void __launch_bounds__(most_threads(Held)) backward(const __grid_cons
         }
 #pragma unroll
         for (int at = 0; at < own_rows; ++at)
-            if (was_active[at]) grad_h[at] = was_reset[at] ? 0.0f : sums[at];
+            if (goes_on[at]) grad_h[at] = sums[at];
         if (step == bound) break;
 
 #pragma unroll
@@ -446,6 +442,7 @@ __global__ void __launch_bounds__(most_threads(Held)) backward(const __grid_cons
                 to_sums[2] = grad_c[at] * i * (1.0f - g * g);
                 to_sums[3] = to_h * squashed * o * (1.0f - o);
                 grad_c[at] = from.reset ? 0.0f : grad_c[at] * f;
+                if (from.reset) grad_h[at] = 0.0f;
             }
             if (exists(at)) {
 #pragma unroll
@@ -459,13 +456,11 @@ __global__ void __launch_bounds__(most_threads(Held)) backward(const __grid_cons
                               to_sums[gate]);
                 }
             }
-            was_active[at] = active;
-            was_reset[at] = from.reset != 0;
+            goes_on[at] = active && !from.reset;
         }
         fetch(step + 1, next_base, third_base);
         base = next_base;
         next_base = third_base;
-        third_base = fourth_base;
         float* const last_vector = vector;
         vector = next;
         next = last_vector;
@@ -479,6 +474,13 @@ __global__ void __launch_bounds__(most_threads(Held)) backward(const __grid_cons
     }
     clear_past_lengths(behind(call.grad_sums, type, std::int64_t(stage_tokens) * 4 * hidden), type, sweep, Rows,
                        4 * hidden, 4 * hidden);
+}
+
+/// Columns in registers, of the ones that a group of many lanes asks for: forward the state of more rows needs a part
+/// of what one row leaves.
+constexpr int wide_held(int lanes, int asked, int rows) {
+    if (lanes == 4 && asked == 48) return rows == 1 ? 48 : rows == 2 ? 46 : 44;
+    return lanes == 4 && asked == 24 && rows == 4 ? 22 : asked;
 }
 
 /// How a call is run: rows is 0 where it cannot be.
@@ -499,7 +501,9 @@ Plan plan(int sums, int lanes, int columns, int rows) {
     if (lanes == 4 || lanes == 16) {
         const int needed = slots_of(columns, lanes, rows, 0);
         const bool more = lanes == 4 && needed > 24;
-        if (!(more && hold(needed <= 32 ? 32 : 48)) && !hold(needed <= 8 ? 8 : needed <= 16 ? 16 : 24)) return found;
+        const auto hold_wide = [&](int asked) { return hold(wide_held(lanes, asked, rows)); };
+        if (!(more && hold_wide(needed <= 32 ? 32 : 48)) && !hold_wide(needed <= 8 ? 8 : needed <= 16 ? 16 : 24))
+            return found;
     } else if (!hold(narrow_held(rows, false)) && !(rows <= 2 && hold(narrow_held(rows, true)))) {
         return found;
     }
@@ -565,8 +569,9 @@ const char* start(const Plan& how, const Backward& call) {
 
 template <int Lanes, int Held, class Task>
 const char* start_rows(const Plan& how, const Task& task) {
-    if (how.rows == 1) return start<Lanes, Held, 1>(how, task);
-    return how.rows == 2 ? start<Lanes, Held, 2>(how, task) : start<Lanes, Held, 4>(how, task);
+    if (how.rows == 1) return start<Lanes, wide_held(Lanes, Held, 1), 1>(how, task);
+    return how.rows == 2 ? start<Lanes, wide_held(Lanes, Held, 2), 2>(how, task)
+                         : start<Lanes, wide_held(Lanes, Held, 4), 4>(how, task);
 }
 
 template <int Lanes, class Task>
@@ -587,7 +592,7 @@ const char* start_any(const Plan& how, const Task& task) {
     if (how.lanes == Narrow) return start_narrow<Narrow>(how, task);
     if (how.held == 8) return start_rows<Wide, 8>(how, task);
     if (how.held == 16) return start_rows<Wide, 16>(how, task);
-    if (how.held == 24) return start_rows<Wide, 24>(how, task);
+    if (how.held == wide_held(Wide, 24, how.rows)) return start_rows<Wide, 24>(how, task);
     if constexpr (Wide == 4) {
         if (how.held == 32) return start_rows<Wide, 32>(how, task);
         return start_rows<Wide, 48>(how, task);

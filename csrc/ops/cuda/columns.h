@@ -68,12 +68,12 @@ __host__ __device__ constexpr int slots_of(int columns, int lanes, int rows, int
 
 /// With this many columns in registers a group owns a fifth sum of every row: 160 units are then 8 warps' work, and no
 /// more than 8 warps can have 255 registers each.
-__host__ __device__ constexpr bool has_fifth(int held) { return held == 38 || held == 40; }
+__host__ __device__ constexpr bool has_fifth(int held) { return held == 36 || held == 40; }
 
 /// Columns in registers where a group has few lanes: as many as the sums of so many rows leave registers for.
 constexpr int narrow_held(int rows, bool fifth) {
-    if (fifth) return rows == 1 ? 40 : 38;
-    return rows == 1 ? 48 : rows == 2 ? 44 : 36;
+    if (fifth) return rows == 1 ? 40 : 36;
+    return rows == 1 ? 48 : rows == 2 ? 44 : 35;
 }
 
 /// Sums of a warp of groups, for a row.
@@ -209,17 +209,20 @@ __device__ inline void exchange(float (&sums)[5 * Rows], float* shared, const Pl
                                 float (&own)[Own * Rows]) {
     constexpr int in_warp = warp_sums(Lanes, Held), groups = Place<Lanes>::groups;
     constexpr int dealt = 4 * Rows > Lanes ? 4 * Rows / Lanes : 1, dealt_fifth = Rows > Lanes ? Rows / Lanes : 1;
+    // Of the lanes that have the same sum one writes it.
+    constexpr int twins = Lanes > 4 * Rows ? Lanes / (4 * Rows) : 1, twins_fifth = Lanes > Rows ? Lanes / Rows : 1;
     float* const mine = shared + place.warp * (Rows * in_warp);
     deal<Lanes, 4 * Rows>(sums, place.part);
     deal<Lanes, Rows>(sums + 4 * Rows, place.part);
 #pragma unroll
     for (int k = 0; k < dealt; ++k) {
         const int at = place.part * 4 * Rows / Lanes + k;
-        mine[at / 4 * in_warp + place.group * 4 + at % 4] = sums[k];
+        if (place.part % twins == 0) mine[at / 4 * in_warp + place.group * 4 + at % 4] = sums[k];
     }
 #pragma unroll
     for (int k = 0; k < dealt_fifth; ++k)
-        mine[(place.part * Rows / Lanes + k) * in_warp + 4 * groups + place.group] = sums[4 * Rows + k];
+        if (place.part % twins_fifth == 0)
+            mine[(place.part * Rows / Lanes + k) * in_warp + 4 * groups + place.group] = sums[4 * Rows + k];
     warp_sync();
     if (place.lane < in_warp / Own) {
 #pragma unroll
