@@ -52,7 +52,8 @@ struct Steps {
 };
 
 /// A state that goes from one piece of a sequence to the next, a launch each: h and c as the kernel has them, not
-/// rounded to the type of the arrays, so that the bits do not hang on where a sequence is cut.
+/// rounded to the type of the arrays, so that the bits do not hang on where a sequence is cut. Of calls with one
+/// direction that is not reversed; the kernels that goes_on() of pieces.cpp names heed it.
 struct Carried {
     float* h;  ///< (L D, N, H); null, as c: there is none
     float* c;  ///< (L D, N, H)

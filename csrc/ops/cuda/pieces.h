@@ -39,9 +39,9 @@ private:
     Maybe offsets_;  ///< (T) int32, from the first token of each step's piece on
 };
 
-/// The streams of a call. Torch's products stay on the call's own, which has the memory that they work in; a layer's
-/// recurrence is put to one beside it. What they share is allocated on the call's stream, and
-/// lives until that has waited for them, as it does when this ends.
+/// The streams of a call. Torch's products stay on the call's own, for which it has the memory that they work in; a
+/// layer's recurrence is put to one beside it. What both use is allocated on the call's stream and lives until that has
+/// waited for the others, as it does when this ends: so the allocator is right, and a graph captures them all.
 class Streams {
 public:
     /// Without `beside` all is put to the call's stream.
