@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <random>
 #include <vector>
@@ -376,5 +377,64 @@ void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& 
         }
     }
 }
+
+namespace {
+
+struct Stream {
+    std::deque<std::function<void()>> work;
+    long put = 0, done = 0;
+};
+struct Mark {
+    Stream* stream;
+    long count;
+};
+Stream streams[8];
+std::mt19937_64 pace;
+
+void run_to(Stream& stream, long count) {
+    while (stream.done < count) {
+        const auto work = std::move(stream.work.front());
+        stream.work.pop_front();
+        work();
+        ++stream.done;
+    }
+}
+
+/// With a seed some stream comes on.
+void come_on() {
+    const long seed = setting("CELLSTEP_SIMT_SEED", 0);
+    if (seed == 0) return;
+    if (std::all_of(std::begin(streams), std::end(streams), [](const Stream& stream) { return stream.work.empty(); }))
+        pace.seed(static_cast<std::uint64_t>(seed));
+    Stream& stream = streams[pace() % std::size(streams)];
+    const long open = stream.put - stream.done;
+    run_to(stream, stream.done + static_cast<long>(pace() % static_cast<std::uint64_t>(open + 1)));
+}
+
+}  // namespace
+
+void* stream_beside(int number) { return &streams[number]; }
+
+void put(void* stream, std::function<void()> work) {
+    if (!stream) return work();
+    auto& to = *static_cast<Stream*>(stream);
+    to.work.push_back(std::move(work));
+    ++to.put;
+    come_on();
+}
+
+void* mark(void* stream) {
+    auto* of = static_cast<Stream*>(stream);
+    return new Mark{of, of ? of->put : 0};
+}
+
+void wait_for(void* stream, void* mark) {
+    const Mark at = *static_cast<Mark*>(mark);
+    put(stream, [at] {
+        if (at.stream) run_to(*at.stream, at.count);
+    });
+}
+
+void forget(void* mark) { delete static_cast<Mark*>(mark); }
 
 }  // namespace simt

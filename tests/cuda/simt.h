@@ -7,6 +7,9 @@
 /// by all, or a block wrote beside its shared memory. CELLSTEP_SIMT_BLOCKS (default 8) blocks run at once, as if the
 /// device had no room for more.
 ///
+/// Streams: what is put to the null stream, the caller's, runs at once. What is put to another one runs as late as what
+/// waits for it allows, or with a seed at any time between, so that a wait that is missing gives wrong values.
+///
 /// Races: simt.cpp compiled with -DCELLSTEP_SIMT_RACES and without a sanitizer, everything else with
 /// -fsanitize=thread, tells the thread sanitizer which CUDA thread runs and what its barriers order; it then reports
 /// reads and writes of shared and global memory that nothing orders. (A shuffle counts as a warp_sync there.)
@@ -80,6 +83,13 @@ void pause();
 /// `cluster` blocks, neighbours in x, start together; all blocks of the grid if `together`.
 void run(dim3 grid, dim3 block, std::size_t shared, const std::function<void()>& kernel, unsigned cluster = 1,
          bool together = false);
+
+void* stream_beside(int number);
+/// To a stream, or run at once where it is null.
+void put(void* stream, std::function<void()> work);
+void* mark(void* stream);
+void wait_for(void* stream, void* mark);
+void forget(void* mark);
 
 }  // namespace simt
 
@@ -212,16 +222,16 @@ void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_
 }
 
 template <class Argument>
-const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t shared, void*, const Argument& argument,
-                   bool together = false) {
-    simt::run(grid, block, shared, [&] { kernel(argument); }, 1, together);
+const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t shared, void* stream,
+                   const Argument& argument, bool together = false) {
+    simt::put(stream, [=] { simt::run(grid, block, shared, [&] { kernel(argument); }, 1, together); });
     return nullptr;
 }
 
 template <class Argument>
 const char* launch_clusters(void (*kernel)(Argument), unsigned cluster, dim3 grid, dim3 block, std::size_t shared,
-                            void*, const Argument& argument) {
-    simt::run(grid, block, shared, [&] { kernel(argument); }, cluster);
+                            void* stream, const Argument& argument) {
+    simt::put(stream, [=] { simt::run(grid, block, shared, [&] { kernel(argument); }, cluster); });
     return nullptr;
 }
 

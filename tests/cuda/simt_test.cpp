@@ -209,6 +209,28 @@ void check_halves() {
     for (int at = 0; at < 4; ++at) expect(from_float<__nv_bfloat16>(wide[at]).bits == brains[at], "a bfloat16");
 }
 
+template <int times, int plus>
+void change(Ints call) {
+    const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    call.data[at] = call.data[at] * times + plus;
+}
+
+/// ((0 + 1) 2 + 1) over three streams, if what one does is waited for.
+void over_streams(const Ints& call, bool waits) {
+    void *const first = simt::stream_beside(0), *const second = simt::stream_beside(1);
+    const auto follow = [](void* stream, void* other) {
+        void* const mark = simt::mark(other);
+        simt::wait_for(stream, mark);
+        simt::forget(mark);
+    };
+    launch(change<1, 1>, 2, 32, 0, first, call);
+    if (waits) follow(second, first);
+    launch(change<2, 0>, 2, 32, 0, second, call);
+    follow(nullptr, second);
+    launch(change<1, 1>, 2, 32, 0, nullptr, call);
+    for (int at = 0; at < 64; ++at) expect(call.data[at] == 3, "a value from another stream");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -269,6 +291,8 @@ int main(int, char** arguments) {
         go(shuffle_of_half, 1, 32);
     } else if (name == "shuffle_meets_sync") {
         go(shuffle_meets_sync, 1, 32);
+    } else if (name == "streams" || name == "no_wait") {
+        over_streams(call, name == "streams");
     } else if (name == "no_grid") {
         go(barrier_of_half, 0, 32);
     } else {

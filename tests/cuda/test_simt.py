@@ -42,7 +42,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return build(tmp_path_factory.mktemp("simt"), [HERE / "simt_test.cpp"], request.param), request.param
 
 
-@pytest.mark.parametrize("case", ["right", "tickets", "all_blocks_together"])
+@pytest.mark.parametrize("case", ["right", "tickets", "all_blocks_together", "streams"])
 @pytest.mark.parametrize("blocks", [1, 3, 100])
 def test_right(program: tuple[Path, str], case: str, blocks: int) -> None:
     answers = [run(program[0], case, seed=seed, blocks=blocks) for seed in range(4)]
@@ -61,6 +61,7 @@ def test_right(program: tuple[Path, str], case: str, blocks: int) -> None:
         ("barrier_after_return", "a barrier that "),
         ("shuffle_of_half", "all threads wait at barriers that not all of their block or warp come to"),
         ("shuffle_meets_sync", "lanes of one warp meet for different things"),
+        ("no_wait", "a value from another stream"),
         ("no_grid", "expected a grid with at least one block"),
     ],
 )

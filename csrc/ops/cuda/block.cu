@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
 #pragma unroll
     for (int at = 0; at < own_rows; ++at) {
         lengths[at] = real ? sweep.length(own_row + at) : 0;
-        h[at] = exists(at) ? decode(load(call.h, type, state_at(at)), type) : 0.0f;
-        c[at] = exists(at) ? decode(load(call.c, type, state_at(at)), type) : 0.0f;
+        h[at] = exists(at) ? state_or(call.from.h, call.h, type, state_at(at)) : 0.0f;
+        c[at] = exists(at) ? state_or(call.from.c, call.c, type, state_at(at)) : 0.0f;
     }
     const auto initial = [&](const void* data) {
         return data ? decode(load(data, type, static_cast<std::int64_t>(stage) * hidden + unit), type) : 0.0f;
@@ -300,6 +300,7 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
         if (!keeps_state || !exists(at)) continue;
         store(call.h_n, type, state_at(at), h[at]);
         store(call.c_n, type, state_at(at), c[at]);
+        carry(call.to, state_at(at), h[at], c[at]);
     }
     clear_past_lengths(y, type, sweep, Rows, features, hidden);
     clear_past_lengths(behind(call.gates, type, std::int64_t(stage_tokens) * 4 * hidden), type, sweep, Rows, 4 * hidden,
@@ -362,8 +363,8 @@ __global__ void __launch_bounds__(most_threads(Held)) backward(const __grid_cons
 #pragma unroll
     for (int at = 0; at < own_rows; ++at) {
         lengths[at] = exists(at) ? sweep.length(row + at) : 0;
-        grad_h[at] = exists(at) && call.grad_h_n ? decode(load(call.grad_h_n, type, state_at(at)), type) : 0.0f;
-        grad_c[at] = exists(at) && call.grad_c_n ? decode(load(call.grad_c_n, type, state_at(at)), type) : 0.0f;
+        grad_h[at] = exists(at) ? state_or(call.from.h, call.grad_h_n, type, state_at(at)) : 0.0f;
+        grad_c[at] = exists(at) ? state_or(call.from.c, call.grad_c_n, type, state_at(at)) : 0.0f;
     }
 
     // Of the step to come; `before` is the cell the step began with, unless it was reset.
@@ -476,6 +477,7 @@ __global__ void __launch_bounds__(most_threads(Held)) backward(const __grid_cons
         if (!exists(at) || twin != 0) continue;
         store(call.grad_h, type, state_at(at), grad_h[at]);
         store(call.grad_c, type, state_at(at), grad_c[at]);
+        carry(call.to, state_at(at), grad_h[at], grad_c[at]);
     }
     clear_past_lengths(behind(call.grad_sums, type, std::int64_t(stage_tokens) * 4 * hidden), type, sweep, Rows,
                        4 * hidden, 4 * hidden);

@@ -179,11 +179,12 @@ __device__ inline void sweep(const ForwardPlan& plan) {
     };
     for (int row = warp; row < rows && tile.first + row < batch; row += threads / 32) {
         const bool reset = starts_reset(row);
-        const T* const from = static_cast<const T*>(call.h) + state + static_cast<std::int64_t>(tile.first + row) * H;
+        const std::int64_t from = state + static_cast<std::int64_t>(tile.first + row) * H;
         unsigned char* const to = exchange.values(0) + row * spread.stride;
         for (int unit = lane; unit < H; unit += 32)
             write(to + chunk_of(unit / 8, row) * 16 + unit % 8 * 2,
-                  reset ? at_or_zero<T>(call.initial_h, course.direction * H + unit) : from[unit]);
+                  reset ? at_or_zero<T>(call.initial_h, course.direction * H + unit)
+                        : from_float<T>(carried_or<T>(call.from.h, call.h, from + unit)));
     }
     const auto cell_place = [&](const Work& work, int pass) {
         return memory + spread.state_at + ((pass * spread.pieces + work.piece) * 32 + work.lane) * 8;
@@ -194,14 +195,13 @@ __device__ inline void sweep(const ForwardPlan& plan) {
             const int row = pass * 8 + 2 * all_along.q + e, n = tile.first + row, u = group * 8 + lane / 4;
             if (u >= H || n >= batch) continue;
             const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
-            T c_first = static_cast<const T*>(call.c)[state + place];
+            c[e] = carried_or<T>(call.from.c, call.c, state + place);
             if (tile.lengths[row] == 0) {
-                arrays.h_n[place] = static_cast<const T*>(call.h)[state + place];
-                arrays.c_n[place] = c_first;
+                arrays.h_n[place] = from_float<T>(carried_or<T>(call.from.h, call.h, state + place));
+                arrays.c_n[place] = from_float<T>(c[e]);
             } else if (starts_reset(row)) {
-                c_first = at_or_zero<T>(call.initial_c, course.direction * H + u);
+                c[e] = to_float(at_or_zero<T>(call.initial_c, course.direction * H + u));
             }
-            c[e] = to_float(c_first);
         }
         write(cell_place(all_along, pass), make_float2(c[0], c[1]));
     }
@@ -363,6 +363,22 @@ __device__ inline void sweep(const ForwardPlan& plan) {
         }
     }
 
+    // A thread has the cells that it updated, and has written the h beside them.
+    if (call.to.h) {
+        const Work work(spread, this_thread());
+        const int u = course.first_unit + work.piece * 8 + work.lane / 4;
+        for (int pass = work.slice; u < H && pass < spread.passes; pass += spread.slices) {
+            const float2 c = read<float2>(cell_place(work, pass));
+            for (int e = 0; e < 2; ++e) {
+                const int n = tile.first + pass * 8 + 2 * work.q + e;
+                if (n >= batch) continue;
+                const std::int64_t place = static_cast<std::int64_t>(n) * H + u;
+                carry(call.to, static_cast<std::int64_t>(course.direction) * batch * H + place,
+                      to_float(arrays.h_n[place]), e == 0 ? c.x : c.y);
+            }
+        }
+    }
+
     // Nothing is sent behind the last meeting: no part writes to one that may have ended.
     if (zeros_past && course.first_unit < H) {
         const int units = min(spread.pieces * 8, H - course.first_unit);
@@ -459,8 +475,11 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             const int n = tile.first + row;
             if (unit >= H || n >= batch || tile.lengths[row] > 0) continue;
             const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
-            static_cast<T*>(call.grad_h)[where] = at_or_zero<T>(call.grad_h_n, where);
-            static_cast<T*>(call.grad_c)[where] = at_or_zero<T>(call.grad_c_n, where);
+            const float dh = carried_or<T>(call.from.h, call.grad_h_n, where);
+            const float dc = carried_or<T>(call.from.c, call.grad_c_n, where);
+            static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
+            static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
+            carry(call.to, where, dh, dc);
         }
     }
 
@@ -520,6 +539,14 @@ __device__ inline void sweep(const BackwardPlan& plan) {
         for (int place = 0; place < 4; ++place)
             dh_of[place] = (sums[0][0][place] + sums[0][1][place]) + (sums[1][0][place] + sums[1][1][place]);
     };
+    // Chunks of a row change places, so that lanes of four rows meet different banks.
+    const auto stage_place = [&](const Work& work, int pass, int row, int chunk) {
+        return memory + spread.stage_at + (pass * spread.pieces + work.piece) * 1024 + row * 128 +
+               (chunk ^ (row & 6)) * 16;
+    };
+    const auto result_place = [&](const Work& work, int pass, int place) {
+        return stage_place(work, pass, 2 * work.q + place % 2, work.lane / 8 + place / 2 * 4) + work.lane / 4 % 2 * 8;
+    };
     const auto finish = [&](const float (&dh_of)[4], int step, int pass) {
         const Work work(spread, this_thread());
         const int token = course.token(step);
@@ -538,12 +565,6 @@ __device__ inline void sweep(const BackwardPlan& plan) {
         }
         const float4 dc_quad = read<float4>(carried(work, pass));
         float dc_of[4] = {dc_quad.x, dc_quad.y, dc_quad.z, dc_quad.w};
-        unsigned char* const stage = memory + spread.stage_at + (pass * spread.pieces + work.piece) * 1024;
-        // Chunks of a row change places, so that lanes of four rows meet different banks.
-        const auto stage_place = [&](int row, int chunk) { return stage + row * 128 + (chunk ^ (row & 6)) * 16; };
-        const auto result_place = [&](const Work& of, int place) {
-            return stage_place(2 * of.q + place % 2, of.lane / 8 + place / 2 * 4) + of.lane / 4 % 2 * 8;
-        };
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
             const int e = place % 2, unit = first_of_lane + place / 2 * 8, row = pass * 8 + 2 * q + e;
@@ -555,12 +576,15 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                 static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
                 static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
             }
-            if (step == course.steps) continue;
+            if (step == course.steps) {
+                write(result_place(work, pass, place), make_float2(dh, dc));
+                continue;
+            }
             T results[4];
             if (there && t < length[e]) {
                 if (backwards ? t == 0 : t == length[e] - 1) {
-                    dh = to_float(at_or_zero<T>(call.grad_h_n, where));
-                    dc = to_float(at_or_zero<T>(call.grad_c_n, where));
+                    dh = carried_or<T>(call.from.h, call.grad_h_n, where);
+                    dc = carried_or<T>(call.from.c, call.grad_c_n, where);
                 }
                 const float i = to_float(gate_of[place][0]), f = to_float(gate_of[place][1]);
                 const float g = to_float(gate_of[place][2]), o = to_float(gate_of[place][3]);
@@ -581,7 +605,7 @@ __device__ inline void sweep(const BackwardPlan& plan) {
 #pragma unroll
                 for (int gate = 0; gate < 4; ++gate) results[gate] = from_float<T>(0.0f);
             }
-            write(result_place(work, place),
+            write(result_place(work, pass, place),
                   make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
         }
         if (step == course.steps) return;
@@ -592,14 +616,14 @@ __device__ inline void sweep(const BackwardPlan& plan) {
             const int row = work.lane / 8 + half * 4, chunk = work.lane % 8;
             const int of_all = (course.first_unit / 16 + work.piece) * 8 + chunk;
             exchange.send(step + 1, (pass * 8 + row) * spread.stride + chunk_of(of_all, row) * 16,
-                          read<uint4>(stage_place(row, chunk)), 0, 1);
+                          read<uint4>(stage_place(work, pass, row, chunk)), 0, 1);
         }
 // What nobody waits for.
 #pragma unroll 1
         for (int place = 0; place < 4; ++place) {
             const int e = place % 2, unit = first_of_lane + place / 2 * 8, n = tile.first + pass * 8 + 2 * q + e;
             if (unit >= H || n >= batch || (t >= tile.lengths[pass * 8 + 2 * q + e] && !zeros_past)) continue;
-            const uint2 results = read<uint2>(result_place(work, place));
+            const uint2 results = read<uint2>(result_place(work, pass, place));
             T* const to =
                 in_global(arrays.grad_sums) + static_cast<std::int64_t>(course.token(step) + n) * 4 * H + unit;
             to[0] = from_bits<T>(results.x);
@@ -649,6 +673,17 @@ __device__ inline void sweep(const BackwardPlan& plan) {
                 finish_and_load(dh_of, pass);
             }
         }
+    }
+    if (call.to.h) {
+        const Work work(spread, this_thread());
+        for (int pass = work.slice; pass < spread.passes; pass += spread.slices)
+            for (int place = 0; place < 4; ++place) {
+                const int unit = course.first_unit + work.piece * 16 + work.lane / 4 + place / 2 * 8;
+                const int row = pass * 8 + 2 * work.q + place % 2, n = tile.first + row;
+                if (unit >= H || n >= batch || tile.lengths[row] == 0) continue;
+                const float2 found = read<float2>(result_place(work, pass, place));
+                carry(call.to, (static_cast<std::int64_t>(course.direction) * batch + n) * H + unit, found.x, found.y);
+            }
     }
     if (zeros_past && course.first_unit < H)
         for (int gate = 0; gate < 4; ++gate)

@@ -13,8 +13,7 @@
 
 #include <cstring>
 
-#include "device.h"
-#include "kernels.h"
+#include "carried.h"
 
 namespace cellstep {
 namespace cuda {
@@ -48,6 +47,11 @@ __device__ inline void store(void* data, DataType type, std::int64_t at, float v
         static_cast<__half*>(data)[at] = from_float<__half>(value);
     else
         static_cast<__nv_bfloat16*>(data)[at] = from_float<__nv_bfloat16>(value);
+}
+
+/// As carried_or().
+__device__ inline float state_or(const float* carried, const void* data, DataType type, std::int64_t at) {
+    return carried ? carried[at] : data ? decode(load(data, type, at), type) : 0.0f;
 }
 
 /// sigmoid_of or tanh_of by a flag that differs over the lanes, without parting them.

@@ -6,8 +6,7 @@
 /// bytes: value 8 q + j of a block, q the lane's number modulo 4.
 #pragma once
 
-#include "device.h"
-#include "kernels.h"
+#include "carried.h"
 
 namespace cellstep {
 namespace cuda {

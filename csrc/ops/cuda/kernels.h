@@ -51,6 +51,14 @@ struct Steps {
     const unsigned char* reset;  ///< (T, N) on the device, or null: rows to put to the initial state before the step
 };
 
+/// A state that goes from one piece of a sequence to the next, a launch each: h and c as the kernel has them, not
+/// rounded to the type of the arrays, so that the bits do not hang on where a sequence is cut. Of calls with one
+/// direction that is not reversed; the kernels that goes_on() of pieces.cpp names heed it.
+struct Carried {
+    float* h;  ///< (L D, N, H); null, as c: there is none
+    float* c;  ///< (L D, N, H)
+};
+
 /// Whole sequences, all stages in one launch. A stage of odd direction runs from each row's last step to its first,
 /// and resets part the same pairs of steps there: going backwards the state is put to the initial one behind a step
 /// that has the flag.
@@ -67,6 +75,8 @@ struct Forward {
     const void* sums;       ///< null, or (D, P, 4 H): W_ih x without biases; layers is 1 then
     const void* h;          ///< (L D, N, H)
     const void* c;          ///< (L D, N, H)
+    Carried from;           ///< in place of h and c, where there is one
+    Carried to;             ///< written beside h_n and c_n
     const void* initial_h;  ///< (L D, H) for resets, or null: zero
     const void* initial_c;  ///< (L D, H)
     void* outputs;          ///< (L - 1, P, D H): of the layers before the last, directions side by side
@@ -96,6 +106,8 @@ struct Backward {
     const void* grad_cells;    ///< (D, P, H)
     const void* grad_h_n;      ///< (D, N, H)
     const void* grad_c_n;      ///< (D, N, H)
+    Carried from;              ///< gradients in place of grad_h_n and grad_c_n, where there are any
+    Carried to;                ///< written beside grad_h and grad_c
     void* grad_sums;           ///< (D, P, 4 H): gradient of the gate sums; zeros past a row's length
     void* grad_h;              ///< (D, N, H)
     void* grad_c;              ///< (D, N, H)

@@ -113,6 +113,21 @@ __global__ void cut_lengths_kernel(Lengths call) {
     call.target[row] = static_cast<int>(length < 0 ? 0 : length > call.steps ? call.steps : length);
 }
 
+struct PieceLengths {
+    const int* lengths;
+    int batch;
+    int steps;
+    int pieces;
+    int* target;
+};
+
+__global__ void lengths_in_pieces_kernel(PieceLengths call) {
+    const std::int64_t at = thread_number();
+    if (at >= static_cast<std::int64_t>(call.pieces) * call.batch) return;
+    const int left = call.lengths[at % call.batch] - static_cast<int>(at / call.batch) * call.steps;
+    call.target[at] = max(0, min(left, call.steps));
+}
+
 struct PackedLengths {
     Steps steps;
     int* target;
@@ -443,6 +458,11 @@ const char* cut_lengths(const std::int64_t* lengths, int batch, int steps, int* 
 
 const char* packed_lengths(const Steps& steps, int* target, void* stream) {
     return start(packed_lengths_kernel, steps.batch, stream, PackedLengths{steps, target});
+}
+
+const char* lengths_in_pieces(const int* lengths, int batch, int steps, int pieces, int* target, void* stream) {
+    return start(lengths_in_pieces_kernel, std::int64_t(pieces) * batch, stream,
+                 PieceLengths{lengths, batch, steps, pieces, target});
 }
 
 const char* cell_begin(const CellBegin& call) {

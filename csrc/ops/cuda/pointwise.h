@@ -20,6 +20,9 @@ const char* cut_lengths(const std::int64_t* lengths, int batch, int steps, int* 
 /// target (batch) = the steps of each packed row.
 const char* packed_lengths(const Steps& steps, int* target, void* stream);
 
+/// target (pieces, batch): the steps that each row has in each piece of `steps` steps.
+const char* lengths_in_pieces(const int* lengths, int batch, int steps, int pieces, int* target, void* stream);
+
 /// One step of one stage. Tokens of its rows: first, first + 1 and so on.
 struct Step {
     Steps steps;

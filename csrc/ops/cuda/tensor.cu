@@ -179,16 +179,16 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
                 if (unit < H && n < call.steps.batch) {
                     const std::int64_t place = state + static_cast<std::int64_t>(n) * H + unit;
                     const int length = tile.lengths[row];
-                    T h_first = static_cast<const T*>(call.h)[place], c_first = static_cast<const T*>(call.c)[place];
+                    T h_first = from_float<T>(carried_or<T>(call.from.h, call.h, place));
+                    c = carried_or<T>(call.from.c, call.c, place);
                     if (length == 0) {
                         in_global(arrays.h_n)[place - state] = h_first;
-                        in_global(arrays.c_n)[place - state] = c_first;
+                        in_global(arrays.c_n)[place - state] = from_float<T>(c);
                     } else if (!backwards && call.steps.reset && tile.reset(0, row)) {
                         h_first = at_or_zero<T>(call.initial_h, stage * H + unit);
-                        c_first = at_or_zero<T>(call.initial_c, stage * H + unit);
+                        c = to_float(at_or_zero<T>(call.initial_c, stage * H + unit));
                     }
                     *h_place(0, row, unit) = h_first;
-                    c = to_float(c_first);
                 }
                 cell_place(pass, group, lane)[e] = c;
             }
@@ -443,6 +443,18 @@ __global__ void __launch_bounds__(L::threads, 1) forward_kernel(const __grid_con
     block_sync();
     if (tells && thread == 0) store_release(flag_of(arrays.layer, arrays.direction), steps);
 
+    // The cells and h are where the last step left them.
+    if (call.to.h) {
+        const int again = found_anew(thread), lane = again % 32, q = lane % 4;
+        for (int pass = 0; pass < plan.passes; ++pass)
+            for (int group = again / 32; group < plan.groups; group += plan.warps)
+                for (int e = 0; e < 2; ++e) {
+                    const int unit = group * 8 + lane / 4, row = pass * 8 + 2 * q + e, n = tile.first + row;
+                    if (unit >= H || n >= call.steps.batch) continue;
+                    carry(call.to, (static_cast<std::int64_t>(arrays.stage) * call.steps.batch + n) * H + unit,
+                          to_float(*h_place(steps & 1, row, unit)), cell_place(pass, group, lane)[e]);
+                }
+    }
     if (zeros_past) {
         clear_past(arrays.y, tile, steps, H, width);
         clear_past(arrays.gates, tile, steps, 4 * H, 4 * H);
@@ -597,8 +609,11 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                 const int n = tile.first + row;
                 if (unit >= H || n >= call.steps.batch || tile.lengths[row] > 0) continue;
                 const std::int64_t where = state + static_cast<std::int64_t>(n) * H + unit;
-                static_cast<T*>(call.grad_h)[where] = at_or_zero<T>(call.grad_h_n, where);
-                static_cast<T*>(call.grad_c)[where] = at_or_zero<T>(call.grad_c_n, where);
+                const float dh = carried_or<T>(call.from.h, call.grad_h_n, where);
+                const float dc = carried_or<T>(call.from.c, call.grad_c_n, where);
+                static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
+                static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
+                carry(call.to, where, dh, dc);
             }
         }
 
@@ -627,6 +642,9 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         }
     };
 
+    const auto result_place = [&](int step, int row, int unit) {
+        return buffers + (step & 1) * buffer_bytes + row * plan.stride + chunk_of(unit / 2, row) * 16 + unit % 2 * 8;
+    };
     const auto work = [&](auto number, int step, int token, int pass) {
         constexpr int j = decltype(number)::value;
         constexpr int here = L::kept_of(j);
@@ -676,12 +694,16 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
                 static_cast<T*>(call.grad_h)[where] = from_float<T>(dh);
                 static_cast<T*>(call.grad_c)[where] = from_float<T>(dc);
             }
-            if (step == steps) continue;
+            if (step == steps) {
+                // The values of the step before are read still; those of this one are nobody's.
+                write(result_place(step, row, unit), make_float2(dh, dc));
+                continue;
+            }
             T results[4];
             if (t < length[e]) {
                 if (backwards ? t == 0 : t == length[e] - 1) {
-                    dh = to_float(at_or_zero<T>(call.grad_h_n, where));
-                    dc = to_float(at_or_zero<T>(call.grad_c_n, where));
+                    dh = carried_or<T>(call.from.h, call.grad_h_n, where);
+                    dc = carried_or<T>(call.from.c, call.grad_c_n, where);
                 }
                 const float i = to_float(gate_of[place][0]), f = to_float(gate_of[place][1]);
                 const float g = to_float(gate_of[place][2]), o = to_float(gate_of[place][3]);
@@ -707,7 +729,7 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
 #pragma unroll
                 for (int gate = 0; gate < 4; ++gate) to[gate * H] = results[gate];
             }
-            write(buffers + (step & 1) * buffer_bytes + row * plan.stride + chunk_of(unit / 2, row) * 16 + unit % 2 * 8,
+            write(result_place(step, row, unit),
                   make_uint2(pair_of(results[0], results[1]), pair_of(results[2], results[3])));
         }
         write(carried(pass, at, lane), make_float4(dc_of[0], dc_of[1], dc_of[2], dc_of[3]));
@@ -734,6 +756,18 @@ __global__ void __launch_bounds__(L::threads, 1) backward_kernel(const __grid_co
         token_now = token_next;
         token_next = token_later;
         token_later = token_last;
+    }
+    if (call.to.h) {
+        const int again = found_anew(thread), lane = again % 32, q = lane % 4;
+        for (int pass = 0; pass < plan.passes; ++pass)
+            for (int at = again / 32; at < plan.unit_tiles; at += plan.warps)
+                for (int place = 0; place < 4; ++place) {
+                    const int unit = at * 16 + lane / 4 + place / 2 * 8, row = pass * 8 + 2 * q + place % 2;
+                    const int n = tile.first + row;
+                    if (unit >= H || n >= call.steps.batch || tile.lengths[row] == 0) continue;
+                    const float2 found = read<float2>(result_place(steps, row, unit));
+                    carry(call.to, state + static_cast<std::int64_t>(n) * H + unit, found.x, found.y);
+                }
     }
     if (zeros_past) clear_past(arrays.grad_sums, tile, steps, 4 * H, 4 * H);
 }

@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "ops/tensor.h"
 #include "pointwise.h"
+#include "streams.h"
 #if defined(CELLSTEP_CUDA)
 #include <torch/csrc/stable/accelerator.h>
 #endif
@@ -29,6 +30,9 @@ public:
 #endif
 
     void* stream() const { return stream_; }
+
+    /// As stream_beside(), of this stream.
+    const char* beside(int number, void** found) const { return stream_beside(index_, stream_, number, found); }
 
     /// Counted once a device.
     int multiprocessors() const { return cuda::multiprocessors(index_); }
