@@ -9,6 +9,7 @@
 /// unit and one row is an "item", and a warp has no more items than lanes.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <type_traits>
 
@@ -246,6 +247,29 @@ int float_clusters_at_once(void (*kernel)(Plan), int threads, int parts, int mul
     return found & 1023;
 }
 
+/// What `find(&spread)` answers for a key, of which the last ones are remembered: finding takes longer than a launch,
+/// and a call asks several times.
+template <class Find>
+bool remembered(const std::array<int, 6>& key, FloatSpread* spread, const Find& find) {
+    struct Entry {
+        std::array<int, 6> key{-1};
+        bool fits = false;
+        FloatSpread spread{};
+    };
+    thread_local std::array<Entry, 8> entries;
+    thread_local std::size_t next = 0;
+    for (const Entry& entry : entries)
+        if (entry.key == key) {
+            *spread = entry.spread;
+            return entry.fits;
+        }
+    Entry& entry = entries[next++ % entries.size()];
+    entry.key = key;
+    entry.fits = find(&entry.spread);
+    *spread = entry.spread;
+    return entry.fits;
+}
+
 /// The spread that likely takes the fewest cycles; `at_once(parts)`: clusters that find room. False if none fits.
 template <class AtOnce>
 bool choose_spread(const Product& product, int directions, int batch, int multiprocessors, const ClusterForm& form,
@@ -257,7 +281,8 @@ bool choose_spread(const Product& product, int directions, int batch, int multip
             if (rows > 1 && rows / 2 >= batch) return;
             spread.rows = rows % 4 == 0 ? 4 : rows % 2 == 0 ? 2 : 1;
             spread.panels = rows / spread.rows;
-            if (!lay(product, limit, &spread)) continue;
+            // Parts without quads: fewer parts do the same.
+            if (!lay(product, limit, &spread) || (form.parts == 0 && spread.busy < spread.parts)) continue;
             spread.tiles = (batch + rows - 1) / rows;
             spread.slots = directions * spread.tiles;
             // A cluster that has ended makes room for the next; all blocks of a grid must run at once.

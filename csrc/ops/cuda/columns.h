@@ -301,21 +301,33 @@ struct GateColumns {
     }
 };
 
+/// decode() without branches.
+struct Decoder {
+    bool is_half;
+    int shift;
+
+    __device__ explicit Decoder(DataType type)
+        : is_half(type == DataType::float16), shift(type == DataType::bfloat16 ? 16 : 0) {}
+    __device__ float operator()(std::uint32_t bits) const {
+        const float half = decode(bits, DataType::float16);
+        return is_half ? half : decode(bits << shift, DataType::float32);
+    }
+};
+
 /// Column k of weight_hh, of less than 2^32 bytes, for the four gates of a unit, of any type. A kernel that has many
 /// forms has this for each column that a lane holds, so that it is to be few instructions.
 struct AnyGateColumns {
     const unsigned char* data;
     std::uint32_t first, gate, column;  ///< bytes
     int columns;                        ///< 0 past the last unit
-    bool is_wide, is_half;
-    int shift;
+    bool is_wide;
+    Decoder decoder;
 
     __device__ AnyGateColumns(const WeightView& view, DataType type, int unit, int hidden_size)
         : data(static_cast<const unsigned char*>(view.data)),
           columns(unit < hidden_size ? hidden_size : 0),
           is_wide(type == DataType::float32),
-          is_half(type == DataType::float16),
-          shift(type == DataType::bfloat16 ? 16 : 0) {
+          decoder(type) {
         const int size = is_wide ? 4 : 2;
         first = static_cast<std::uint32_t>((unit / 16 * view.panel + unit % 16 * view.unit) * size);
         gate = static_cast<std::uint32_t>(view.gate * size);
@@ -326,8 +338,7 @@ struct AnyGateColumns {
         std::uint32_t bits = 0;
         if (exists && is_wide) bits = *reinterpret_cast<const std::uint32_t*>(in_global(data) + at);
         if (exists && !is_wide) bits = *reinterpret_cast<const std::uint16_t*>(in_global(data) + at);
-        const float half = decode(bits, DataType::float16);
-        return is_half ? half : decode(bits << shift, DataType::float32);
+        return decoder(bits);
     }
 
     __device__ float4 operator()(int k) const {
