@@ -1,4 +1,4 @@
-"""Weights over several blocks (csrc/ops/cuda/cluster_float.cu, cluster_float_backward.cu), emulated, against the formula in double."""
+"""Weights over several blocks, sums in float (csrc/ops/cuda/cluster_float*.cu), emulated, against double."""
 
 from pathlib import Path
 

@@ -24,7 +24,7 @@ std::optional<int> forced(const char* op) {
 }
 
 /// Whether a kernel heeds `from` and `to` of a call.
-bool goes_on(Kernel kernel) { return kernel == Kernel::block || kernel == Kernel::tensor || kernel == Kernel::cluster; }
+bool goes_on(Kernel kernel) { return kernel != Kernel::plain && kernel != Kernel::rows; }
 
 // Microseconds, derived from an H100's data sheet; nothing of it was measured.
 constexpr double time_of_piece = 10;  // a launch, and weights that come to the blocks again
