@@ -4,7 +4,14 @@ import pytest
 import torch
 from test_emulated import Case, check
 
-KERNELS = [("block", torch.float32), ("block", torch.float16), ("tensor", torch.bfloat16), ("cluster", torch.float16)]
+KERNELS = [
+    ("block", torch.float32),
+    ("block", torch.float16),
+    ("tensor", torch.bfloat16),
+    ("cluster", torch.float16),
+    ("cluster_float", torch.float32),
+    ("cluster_float", torch.float16),
+]
 UNCUT = 1000
 ids = pytest.mark.parametrize("kernel, dtype", KERNELS, ids=lambda value: str(value).replace("torch.", ""))
 
