@@ -18,8 +18,7 @@ struct Choice {
 /// given. Throws where the kernel that is forced can do neither.
 Choice choose(const char* op, const Forward* whole, const Forward& layer);
 
-/// `rows` and `cluster_float` have no way back: forced, they leave this choice
-/// free.
+/// `rows` and `cluster_float` have no way back: forced, they leave this choice free.
 Kernel choose(const char* op, const Backward& call);
 
 /// Starts a kernel that fits; not the plain one, which is no single launch.
