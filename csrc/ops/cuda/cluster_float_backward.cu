@@ -153,7 +153,11 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
         return (static_cast<std::int64_t>(direction) * call.steps.batch + item().n) * hidden + item().unit;
     };
     float grad_h = exists() ? state_or(call.from.h, call.grad_h_n, type, state()) : 0.0f;
-    float grad_c = exists() ? state_or(call.from.c, call.grad_c_n, type, state()) : 0.0f;
+    // Of the cell, behind the items.
+    const auto grad_c = [&]() -> float& {
+        return reinterpret_cast<float*>(items + static_cast<int>(blockDim.x))[this_thread()];
+    };
+    grad_c() = exists() ? state_or(call.from.c, call.grad_c_n, type, state()) : 0.0f;
 
     // Of the step to come; `before` is the cell the step began with, unless it was reset.
     struct Saved {
@@ -233,12 +237,12 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
                     call.initial_c ? decode(load(call.initial_c, type, direction * hidden + item().unit), type) : 0.0f;
             const float squashed = tanh_of(decode(saved.cell, type));
             const float to_h = grad_h + decode(saved.to_output, type);
-            grad_c += to_h * o * (1.0f - squashed * squashed) + decode(saved.to_cell, type);
-            to_sums[0] = grad_c * g * i * (1.0f - i);
-            to_sums[1] = grad_c * c_before * f * (1.0f - f);
-            to_sums[2] = grad_c * i * (1.0f - g * g);
+            const float to_c = grad_c() + to_h * o * (1.0f - squashed * squashed) + decode(saved.to_cell, type);
+            to_sums[0] = to_c * g * i * (1.0f - i);
+            to_sums[1] = to_c * c_before * f * (1.0f - f);
+            to_sums[2] = to_c * i * (1.0f - g * g);
             to_sums[3] = to_h * squashed * o * (1.0f - o);
-            grad_c = saved.reset ? 0.0f : grad_c * f;
+            grad_c() = saved.reset ? 0.0f : to_c * f;
             grad_h = 0.0f;
         }
         takes_product = active && !saved.reset;
@@ -257,8 +261,8 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
     }
     if (exists()) {
         store(call.grad_h, type, state(), grad_h);
-        store(call.grad_c, type, state(), grad_c);
-        carry(call.to, state(), grad_h, grad_c);
+        store(call.grad_c, type, state(), grad_c());
+        carry(call.to, state(), grad_h, grad_c());
     }
     for (int gate = 0; gate < 4 && first_unit < hidden; ++gate)
         clear_past_lengths(behind(call.grad_sums, type, (stage_tokens * 4 + gate) * hidden + first_unit), type, sweep,
@@ -301,7 +305,7 @@ bool lay(int hidden, std::size_t limit, Spread* spread) {
     spread->arrivals_at = 0;
     const std::int64_t bytes = std::int64_t(rows) * spread->slices * spread->columns * lanes * 4;
     spread->items_at = header_bytes;
-    spread->partial_at = spread->items_at + spread->threads * static_cast<int>(sizeof(Item));
+    spread->partial_at = spread->items_at + spread->threads * static_cast<int>(sizeof(Item) + sizeof(float));
     const std::int64_t values_at = spread->partial_at + rows * spread->slices * spread->units * 4;
     const std::int64_t weights_at = values_at + (spread->grid ? 1 : 2) * bytes;
     const std::int64_t shared = weights_at + std::int64_t(spread->columns - spread->held) * spread->threads * 16;
