@@ -419,9 +419,9 @@ int main(int count, char** arguments) {
     };
     if (what == "alone")  // each option, with what it hangs on
         each_form(3, [&](ClusterForm form) {
-            one(13, 3, 4, 0, form, 132, true);
+            one(35, 3, 4, 0, form, 132, true);
             for (unsigned option = 1; option < all_options; option *= 2)
-                one(13, 3, 4,
+                one(35, 3, 4,
                     option | (option == expanded  ? coupled | peephole | norm
                               : option == initial ? reset
                               : option == strided ? reset | cells
@@ -430,7 +430,7 @@ int main(int count, char** arguments) {
         });
     if (what == "together") {
         each_form(3, [&](ClusterForm form) {
-            for (int turn = 0; turn < 12; ++turn) one(13, 5, 4, some() | (turn % 2 ? norm : 0u), form);
+            for (int turn = 0; turn < 12; ++turn) one(35, 5, 4, some() | (turn % 2 ? norm : 0u), form);
             one(19, 5, 4, all_options & ~expanded, form);
             one(19, 5, 4, all_options, form);
             one(1, 2, 3, some() | norm, form);  // a row whose values are all one
@@ -449,14 +449,14 @@ int main(int count, char** arguments) {
     }
     if (what == "few") {
         each_form(3, [&](ClusterForm form) {
-            for (const unsigned option : {0u, unsigned(norm)}) one(21, 6, 4, some() | option, form);
+            for (const unsigned option : {0u, unsigned(norm)}) one(35, 6, 4, some() | option, form);
         });
-        one(21, 6, 4, all_options, {ClusterForm::cluster, 5});
+        one(35, 6, 4, all_options, {ClusterForm::cluster, 5});
         one(12, 9, 3, all_options, {ClusterForm::grid, 2}, 2);
     }
     if (what == "races")  // the sanitizer's threads are slow
         for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid})
-            for (const unsigned options : {0u, all_options & ~reverse}) one(10, 3, 3, options, {exchange, 2});
+            for (const unsigned options : {0u, all_options & ~reverse}) one(20, 3, 3, options, {exchange, 2});
     if (what == "sizes") sizes();
     std::printf("%d cases, digest %016llx\n", cases, static_cast<unsigned long long>(digest));
 }
