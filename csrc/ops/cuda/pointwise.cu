@@ -170,22 +170,39 @@ __global__ void begin_kernel(CellBegin call) {
     if (call.c_n) static_cast<T*>(call.c_n)[at] = from_float<T>(c);
 }
 
+/// What a thread computes of a step: `values` units of a row. There may be threads for rows past the last.
+template <int values>
+struct Share {
+    int units, row, unit;
+
+    __device__ Share(const Step& at, int hidden_size) : units(hidden_size), row(at.rows), unit(0) {
+        const int groups = units / values;
+        const std::int64_t item = thread_number();
+        if (item >= std::int64_t(at.rows) * groups) return;
+        row = static_cast<int>(item / groups);
+        unit = static_cast<int>(item % groups) * values;
+    }
+
+    /// Place in an array (rows or tokens, H), and in one of gates (rows or tokens, 4 H).
+    __device__ std::int64_t cell(std::int64_t of) const { return of * units + unit; }
+    __device__ std::int64_t gate(std::int64_t of, int gate) const { return (of * 4 + gate) * units + unit; }
+};
+
 template <class T, int values>
 __global__ void forward_kernel(CellForward call) {
     using W = typename Wide<T>::type;
     const Step& at = call.at;
-    const int units = call.hidden_size, groups = units / values;
-    const std::int64_t item = thread_number();
-    if (item >= std::int64_t(at.rows) * groups) return;
-    const int row = static_cast<int>(item / groups), unit = static_cast<int>(item % groups) * values;
-    const std::int64_t token = at.first + row, state = std::int64_t(row) * units + unit;
+    const Share<values> share(at, call.hidden_size);
+    if (share.row >= at.rows) return;
+    const int row = share.row, unit = share.unit;
+    const std::int64_t token = at.first + row, state = share.cell(row);
     Pack<T, values> gates[4], y = {}, cells = {};
     const bool active = has_step(at.steps, at.step, row);
     if (active) {
         W sums[4][values];
         for (int gate = 0; gate < 4; ++gate) {
-            const auto sum = read<T, values>(call.sums, (token - call.sums_first) * 4 * units + gate * units + unit);
-            const auto product = read<T, values>(call.products, std::int64_t(row) * 4 * units + gate * units + unit);
+            const auto sum = read<T, values>(call.sums, share.gate(token - call.sums_first, gate));
+            const auto product = read<T, values>(call.products, share.gate(row, gate));
             for (int k = 0; k < values; ++k)
                 sums[gate][k] = (bias_of<T>(call.bias_ih, gate, unit + k) + bias_of<T>(call.bias_hh, gate, unit + k)) +
                                 (to_float(sum.at[k]) + to_float(product.at[k]));
@@ -214,20 +231,19 @@ __global__ void forward_kernel(CellForward call) {
         for (auto& gate : gates) gate = {};
     }
     write(call.y, (token - call.y_first) * call.y_row + unit, y);
-    if (call.cells) write(call.cells, token * units + unit, cells);
+    if (call.cells) write(call.cells, share.cell(token), cells);
     if (call.gates)
-        for (int gate = 0; gate < 4; ++gate) write(call.gates, token * 4 * units + gate * units + unit, gates[gate]);
+        for (int gate = 0; gate < 4; ++gate) write(call.gates, share.gate(token, gate), gates[gate]);
 }
 
 template <class T, int values>
 __global__ void backward_kernel(CellBackward call) {
     using W = typename Wide<T>::type;
     const Step& at = call.at;
-    const int units = call.hidden_size, groups = units / values;
-    const std::int64_t item = thread_number();
-    if (item >= std::int64_t(at.rows) * groups) return;
-    const int row = static_cast<int>(item / groups), unit = static_cast<int>(item % groups) * values;
-    const std::int64_t token = at.first + row, state = std::int64_t(row) * units + unit;
+    const Share<values> share(at, call.hidden_size);
+    if (share.row >= at.rows) return;
+    const int row = share.row, unit = share.unit;
+    const std::int64_t token = at.first + row, state = share.cell(row);
     const Pack<T, values> nothing = {};
     Pack<T, values> grads[4] = {};
     if (has_step(at.steps, at.step, row)) {
@@ -238,20 +254,19 @@ __global__ void backward_kernel(CellBackward call) {
             return data ? read<T, values>(data, place) : nothing;
         };
         const auto grad_y = pack(call.whole ? nullptr : call.grad_y, token * call.grad_y_row + unit);
-        const auto grad_cells = pack(call.grad_cells, token * units + unit);
+        const auto grad_cells = pack(call.grad_cells, share.cell(token));
         const auto sent = call.whole       ? pack(call.products, state)
                           : last           ? pack(call.grad_h_n, state)
                           : cleared_behind ? nothing
                                            : pack(call.products, state);
         const auto grad_c_n = pack(last ? call.grad_c_n : nullptr, state);
         auto c_state = read<W, values>(call.c_state, state);
-        const auto c = read<T, values>(call.cells, token * units + unit);
+        const auto c = read<T, values>(call.cells, share.cell(token));
         const auto before = cleared_before ? pack(call.initial_c, unit)
                             : first        ? pack(call.c, state)
-                                           : pack(call.cells, (at.before_first + row) * units + unit);
+                                           : pack(call.cells, share.cell(at.before_first + row));
         Pack<T, values> gates[4];
-        for (int gate = 0; gate < 4; ++gate)
-            gates[gate] = read<T, values>(call.gates, token * 4 * units + gate * units + unit);
+        for (int gate = 0; gate < 4; ++gate) gates[gate] = read<T, values>(call.gates, share.gate(token, gate));
         for (int k = 0; k < values; ++k) {
             const W i = to_float(gates[0].at[k]), f = to_float(gates[1].at[k]), g = to_float(gates[2].at[k]),
                     o = to_float(gates[3].at[k]);
@@ -269,7 +284,7 @@ __global__ void backward_kernel(CellBackward call) {
     } else if (at.reverse && at.step > 0 && at.step == at.steps.lengths[row]) {
         write(call.grad_h, state, read<T, values>(call.products, state));
     }
-    for (int gate = 0; gate < 4; ++gate) write(call.grad_sums, token * 4 * units + gate * units + unit, grads[gate]);
+    for (int gate = 0; gate < 4; ++gate) write(call.grad_sums, share.gate(token, gate), grads[gate]);
 }
 
 template <class T>
