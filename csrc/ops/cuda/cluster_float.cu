@@ -239,11 +239,11 @@ bool make_plan(const Forward& call, const ClusterForm& form, ForwardPlan* plan) 
         call.steps.tokens > 0x7fffffff)
         return false;
     plan->call = call;
-    const std::array<int, 6> key = {H, D, call.steps.batch, call.multiprocessors, form.exchange, form.parts};
+    const std::array<int, 7> key = {H, D, call.steps.batch, call.multiprocessors, form.exchange, form.parts};
     return remembered(key, &plan->spread, [&](FloatSpread* spread) {
         const Product product = {H, 1, H, 1, 16, 0};
         const auto at_once = [&](int parts) {
-            return float_clusters_at_once(kernel<48, 1, true>, threads_that_hold(48), parts, call.multiprocessors);
+            return clusters_at_once(kernel<48, 1, true>, threads_that_hold(48), parts, call.multiprocessors);
         };
         return choose_spread(product, D, call.steps.batch, call.multiprocessors, form, at_once, spread);
     });

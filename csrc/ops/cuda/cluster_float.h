@@ -9,8 +9,6 @@
 /// unit and one row is an "item", and a warp has no more items than lanes.
 #pragma once
 
-#include <array>
-#include <atomic>
 #include <type_traits>
 
 #include "columns.h"
@@ -241,42 +239,6 @@ inline std::int64_t cycles_of(const FloatSpread& spread) {
     const std::int64_t moved = reads + weights;
     return spread.panels * ((products > moved ? products : moved) + 60) + spread.bytes / (spread.grid ? 48 : 32) +
            (spread.grid ? 2000 : 500) + 250;
-}
-
-/// Clusters that are on the chip at once; asked once for each size and kind of device, as asking takes microseconds.
-template <class Plan>
-int float_clusters_at_once(void (*kernel)(Plan), int threads, int parts, int multiprocessors) {
-    static std::atomic<int> known[most_cluster + 1];  // multiprocessors and the answer
-    int found = known[parts].load(std::memory_order_relaxed);
-    if (found >> 10 != multiprocessors) {
-        found = multiprocessors << 10 | most_clusters(kernel, static_cast<unsigned>(parts),
-                                                      dim3(static_cast<unsigned>(threads)), shared_limit());
-        known[parts].store(found, std::memory_order_relaxed);
-    }
-    return found & 1023;
-}
-
-/// What `find(&spread)` answers for a key, of which the last ones are remembered: finding takes longer than a launch,
-/// and a call asks several times.
-template <class Find>
-bool remembered(const std::array<int, 6>& key, FloatSpread* spread, const Find& find) {
-    struct Entry {
-        std::array<int, 6> key{-1};
-        bool fits = false;
-        FloatSpread spread{};
-    };
-    thread_local std::array<Entry, 8> entries;
-    thread_local std::size_t next = 0;
-    for (const Entry& entry : entries)
-        if (entry.key == key) {
-            *spread = entry.spread;
-            return entry.fits;
-        }
-    Entry& entry = entries[next++ % entries.size()];
-    entry.key = key;
-    entry.fits = find(&entry.spread);
-    *spread = entry.spread;
-    return entry.fits;
 }
 
 /// The spread that likely takes the fewest cycles; `at_once(parts)`: clusters that find room. False if none fits.

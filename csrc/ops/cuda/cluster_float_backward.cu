@@ -7,8 +7,6 @@
 /// for the rows of a panel are `rows` chunks of 16 bytes, and each thread sends one. Half a warp of a part has a group
 /// of four units over one slice of the columns; by way of shared memory its sums come to one thread for each unit and
 /// row, which adds up the slices in their order and goes the rest of the step alone.
-#include <atomic>
-
 #include "columns.h"
 #include "exchange.h"
 
@@ -280,18 +278,6 @@ __global__ void __launch_bounds__(most_threads(Held), 1) kernel(const __grid_con
 
 constexpr int up(int a, int b) { return (a + b - 1) / b; }
 
-/// Clusters that are on the chip at once; asked once for each size and kind of device, as asking takes microseconds.
-int clusters_at_once(int parts, int multiprocessors) {
-    static std::atomic<int> known[most_cluster + 1];  // multiprocessors and the answer
-    int found = known[parts].load(std::memory_order_relaxed);
-    if (found >> 10 != multiprocessors) {
-        found = multiprocessors << 10 |
-                most_clusters(kernel<48, 1, true>, static_cast<unsigned>(parts), dim3(256), shared_limit());
-        known[parts].store(found, std::memory_order_relaxed);
-    }
-    return found & 1023;
-}
-
 /// Lays a sweep over warps and shared memory; parts, units, rows, panels, slices and held are set. False if it does not
 /// fit.
 bool lay(int hidden, std::size_t limit, Spread* spread) {
@@ -328,16 +314,14 @@ std::int64_t cycles_of(const Spread& spread) {
     return spread.panels * product + spread.sent / (spread.grid ? 48 : 32) + (spread.grid ? 2000 : 500) + 300;
 }
 
-bool plan_of(const Backward& call, const ClusterForm& form, BackwardPlan* plan) {
+/// The spread that likely takes the fewest cycles. False if none fits.
+bool find_spread(const Backward& call, const ClusterForm& form, Spread* best) {
     const int hidden = call.hidden_size, D = call.directions, batch = call.steps.batch;
-    if (call.type == DataType::float64 || hidden < 1 || D < 1 || D > 2 ||
-        call.steps.tokens * D >= std::int64_t(1) << 31)
-        return false;
-    plan->call = call;
     const std::size_t limit = shared_limit();
     std::int64_t least = -1;
     const auto consider = [&](bool grid, int parts, int units) {
-        const int room = grid ? call.multiprocessors / parts : clusters_at_once(parts, call.multiprocessors);
+        const int room = grid ? call.multiprocessors / parts
+                              : clusters_at_once(kernel<48, 1, true>, most_threads(48), parts, call.multiprocessors);
         if (room < 1) return;
         for (int quarter = 0; quarter < most_panels + 2; ++quarter) {
             Spread spread = {};
@@ -357,8 +341,8 @@ bool plan_of(const Backward& call, const ClusterForm& form, BackwardPlan* plan) 
                     const std::int64_t cycles = cycles_of(spread) * turns;
                     if (least >= 0 && cycles >= least) continue;
                     least = cycles;
-                    plan->spread = spread;
-                    plan->spread.slots = grid && groups > room ? room : groups;
+                    *best = spread;
+                    best->slots = grid && groups > room ? room : groups;
                 }
             if (rows >= batch) break;
         }
@@ -373,6 +357,15 @@ bool plan_of(const Backward& call, const ClusterForm& form, BackwardPlan* plan) 
     return least >= 0;
 }
 
+bool plan_of(const Backward& call, const ClusterForm& form, BackwardPlan* plan) {
+    const int hidden = call.hidden_size, D = call.directions, batch = call.steps.batch;
+    if (call.type == DataType::float64 || hidden < 1 || D < 1 || D > 2 ||
+        call.steps.tokens * D >= std::int64_t(1) << 31)
+        return false;
+    plan->call = call;
+    const std::array<int, 7> key = {hidden, D, batch, call.multiprocessors, form.exchange, form.parts};
+    return remembered(key, &plan->spread, [&](Spread* spread) { return find_spread(call, form, spread); });
+}
 template <int Held, int Rows>
 const char* start(BackwardPlan& plan) {
     return start_groups(kernel<Held, Rows, true>, kernel<Held, Rows, false>, plan,

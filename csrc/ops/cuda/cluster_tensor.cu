@@ -13,7 +13,6 @@
 /// nothing hides it, and its products would be of a few units of k each, which leaves the sums of a warp no room beside
 /// its weights.
 #include <algorithm>
-#include <atomic>
 
 #include "exchange.h"
 #include "sweeps.h"
@@ -510,19 +509,6 @@ Sizes sizes_of(const Backward& call) {
     return {tiles, tiles, backward_kept, row_bytes(2 * tiles), 0, 512, 1024, 512};
 }
 
-/// Clusters that are on the chip at once; asked once for each size and kind of device, as asking takes microseconds.
-template <class Plan, class T>
-int clusters_at_once(int parts, int multiprocessors) {
-    static std::atomic<int> known[most_cluster + 1];  // multiprocessors and the answer
-    int found = known[parts].load(std::memory_order_relaxed);
-    if (found >> 10 != multiprocessors) {
-        found = multiprocessors << 10 | most_clusters(kernel<Plan, T, true>, static_cast<unsigned>(parts),
-                                                      dim3(32 * most_warps), shared_limit());
-        known[parts].store(found, std::memory_order_relaxed);
-    }
-    return found & 1023;
-}
-
 constexpr int up(int a, int b) { return (a + b - 1) / b; }
 
 /// Lays a sweep over `parts` blocks. False if it does not fit.
@@ -588,7 +574,8 @@ bool make_plan(const Call& call, const ClusterForm& form, Plan* plan) {
             spread.slots = D * spread.tiles;
             if (!lay(sizes, limit, &spread)) return;
             const int room =
-                grid ? call.multiprocessors / parts : clusters_at_once<Plan, T>(parts, call.multiprocessors);
+                grid ? call.multiprocessors / parts
+                     : clusters_at_once(kernel<Plan, T, true>, 32 * most_warps, parts, call.multiprocessors);
             if (room < 1) return;
             // A cluster that has ended makes room for the next; all blocks of a grid must run at once.
             const int turns = up(spread.slots, room);

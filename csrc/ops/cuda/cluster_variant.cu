@@ -326,11 +326,17 @@ bool plan_of(const VariantCall& call, const ClusterForm& form, VariantPlan* plan
         return false;
     plan->call = call;
     const int batch = static_cast<int>(s.batch);
-    const auto at_once = [&](int parts) {
-        return float_clusters_at_once(kernel<48, 1, true>, threads_that_hold(48), parts, call.multiprocessors);
-    };
     FloatSpread& spread = plan->spread;
-    if (!choose_spread(product_of(s), 1, batch, call.multiprocessors, form, at_once, &spread)) return false;
+    const Product product = product_of(s);
+    const std::array<int, 7> key = {product.quads,        product.apart, batch,
+                                    call.multiprocessors, form.exchange, form.parts};
+    const bool fits = remembered(key, &spread, [&](FloatSpread* found) {
+        const auto at_once = [&](int parts) {
+            return clusters_at_once(kernel<48, 1, true>, threads_that_hold(48), parts, call.multiprocessors);
+        };
+        return choose_spread(product, 1, batch, call.multiprocessors, form, at_once, found);
+    });
+    if (!fits) return false;
     Sharing& told = plan->statistics = spread;
     told.bytes = (spread.busy * spread.rows * spread.panels * told_bytes + 15) / 16 * 16;
     told.sent = spread.busy * spread.rows * spread.panels * told_bytes;

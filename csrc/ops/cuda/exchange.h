@@ -4,6 +4,9 @@
 /// of parts ("slots") know nothing of one another.
 #pragma once
 
+#include <array>
+#include <atomic>
+
 #include "device.h"
 
 namespace cellstep {
@@ -105,6 +108,43 @@ inline std::size_t space_bytes(const Sharing& sharing) {
 inline std::size_t words_of(const Sharing& sharing, int groups) {
     if (!sharing.grid) return 0;
     return 3 + space_bytes(sharing) / 4 + static_cast<std::size_t>(groups) * static_cast<std::size_t>(sharing.parts);
+}
+
+/// Clusters that are on the chip at once, each block with all the shared memory there is; asked once for each size and
+/// kind of device, as asking takes microseconds.
+template <class Plan>
+int clusters_at_once(void (*kernel)(Plan), int threads, int parts, int multiprocessors) {
+    static std::atomic<int> known[most_cluster + 1];  // multiprocessors and the answer
+    int found = known[parts].load(std::memory_order_relaxed);
+    if (found >> 10 != multiprocessors) {
+        found = multiprocessors << 10 | most_clusters(kernel, static_cast<unsigned>(parts),
+                                                      dim3(static_cast<unsigned>(threads)), shared_limit());
+        known[parts].store(found, std::memory_order_relaxed);
+    }
+    return found & 1023;
+}
+
+/// What `find(&spread)` answers for a key, of which the last ones are remembered: finding takes longer than a launch,
+/// and a call asks several times.
+template <class Spread, class Find>
+bool remembered(const std::array<int, 7>& key, Spread* spread, const Find& find) {
+    struct Entry {
+        std::array<int, 7> key{-1};
+        bool fits = false;
+        Spread spread{};
+    };
+    thread_local std::array<Entry, 8> entries;
+    thread_local std::size_t next = 0;
+    for (const Entry& entry : entries)
+        if (entry.key == key) {
+            *spread = entry.spread;
+            return entry.fits;
+        }
+    Entry& entry = entries[next++ % entries.size()];
+    entry.key = key;
+    entry.fits = find(&entry.spread);
+    *spread = entry.spread;
+    return entry.fits;
 }
 
 /// Starts a plan, which has a `call` and a `spread` that is a Sharing, for all groups: `clusters` or `grid`, the
