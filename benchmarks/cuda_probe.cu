@@ -1,5 +1,6 @@
 // What the device's barriers and launches cost, as one line of JSON: microseconds of a barrier of a block, of a
-// cluster of 2 to 16 blocks and of all blocks at once; of a step that hands h on within a warp and within a block; of a launch.
+// cluster of 2 to 16 blocks and of all blocks at once; of a step that hands h on within a warp and within a block; of a
+// launch.
 //
 //     nvcc -std=c++17 -O3 -arch=native cuda_probe.cu -o cuda_probe && ./cuda_probe
 //
