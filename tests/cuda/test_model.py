@@ -4,6 +4,7 @@ CPU's engine on the same file."""
 import copy
 import itertools
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from cellstep.nn import LSTM, Chain, Dense, Scale, Skip, Unscale
 RANGE = 2e-6
 CLOSE = {torch.float32: RANGE, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = list(CLOSE)
+#: Of float32 layers that normalise, both sides rounding: values that lie close together are divided by as little as
+#: sqrt(1e-5), which makes an error 316 times as large. The CPU's own answers are up to 1.6e-5 from those in float64.
+NORMALISED = 2e-5
 
 
 @pytest.fixture
@@ -304,14 +308,15 @@ def check_run(ops, chain, x, h, c, answers=0, lengths=None, reset=None, toleranc
 def test_model(ops, name, dtype):
     chain = make_chain(name, dtype)
     x, (h, c) = steps_of(chain), state_of(chain)
+    check = partial(check_run, ops, chain, tolerance=NORMALISED if (name, dtype) == ("norm", torch.float32) else None)
     for answers in range(3):
-        check_run(ops, chain, x, h, c, answers)
-        check_run(ops, chain, x, None, None, answers)
-    check_run(ops, chain, x[:, 0], h, c)
-    check_run(ops, chain, x[:0], h[:, :0], c[:, :0])
-    check_run(ops, chain, x[:1, :1].transpose(0, 1), h[:, :1], c[:, :1], 1)
-    check_run(ops, chain, x.transpose(0, 1).contiguous().transpose(0, 1), h, c)
-    check_run(ops, chain, torch.stack([x, x], -1)[..., 0], h.mT.contiguous().mT, c)
+        check(x, h, c, answers)
+        check(x, None, None, answers)
+    check(x[:, 0], h, c)
+    check(x[:0], h[:, :0], c[:, :0])
+    check(x[:1, :1].transpose(0, 1), h[:, :1], c[:, :1], 1)
+    check(x.transpose(0, 1).contiguous().transpose(0, 1), h, c)
+    check(torch.stack([x, x], -1)[..., 0], h.mT.contiguous().mT, c)
 
 
 @pytest.mark.parametrize("name", [name for name in CHAINS if name != "deep"])  # which would take a minute
@@ -324,8 +329,8 @@ def test_lengths_and_resets(ops, name):
         x[row, length:] = float("nan")
     for answers, ends, flags in itertools.product(range(3), (None, lengths), (None, reset, reset.t().contiguous().t())):
         seen = torch.nan_to_num(x) if ends is None else x
-        check_run(ops, chain, seen, h, c, answers, ends, flags)
-        check_run(ops, chain, seen, None, None, answers, ends, flags)
+        for state in ((h, c), (None, None)):
+            check_run(ops, chain, seen, *state, answers, ends, flags, NORMALISED if name == "norm" else None)
 
 
 @pytest.mark.parametrize("name", [name for name in CHAINS if name not in BOTH_WAYS])
