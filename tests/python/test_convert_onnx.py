@@ -393,7 +393,7 @@ def test_a_quantized_node(options):
 
 def test_a_quantized_node_is_what_onnxruntime_runs():
     """But for the rounding of inputs and hidden values, to 8 bits between the least and the largest."""
-    model, _ = quantized()
+    model, _ = quantized(kind=np.uint8)
     (layer,) = from_onnx(model).values()
     x = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(1))
     y = torch.tensor(session(model).run(None, {"X": x.numpy()})[0]).transpose(1, 2).flatten(2)

@@ -239,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_packed_b
                   x,
                   h,
                   c,
-                  weight_ih,
+                  as_contiguous(weight_ih),  // a product may add in another order where strides differ
                   weight_hh,
                   weight_hr,
                   y,
