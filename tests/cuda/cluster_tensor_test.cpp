@@ -1,44 +1,24 @@
 /// cluster_tensor.cu on the emulated device.
-#include "tensor_cases.h"
+#include "parts_cases.h"
 
 namespace {
 
 struct Start {
     ClusterForm form;
 
-    template <class Call, class Run>
-    const char* run(Call& call, const Run& function) const {
-        if (!cluster_tensor_fits(call, form)) return "cluster_tensor_fits";
-        std::vector<int> progress(cluster_tensor_progress_words(call, form) + 1);
-        call.progress = progress.data();
-        const int last = progress.back() = 12345;
-        if (const char* error = function(call, form)) return error;
-        return progress.back() == last ? nullptr : "wrote behind progress";
-    }
     const char* operator()(Forward& call) const { return run(call, cluster_tensor_forward); }
     const char* operator()(Backward& call) const { return run(call, cluster_tensor_backward); }
+
+private:
+    template <class Call>
+    const char* run(Call& call, const char* (*start)(const Call&, ClusterForm)) const {
+        if (!cluster_tensor_fits(call, form)) return "cluster_tensor_fits";
+        return with_progress(call, cluster_tensor_progress_words(call, form), start, form);
+    }
 };
 
-/// Ways to give rows and steps: 0 padded, 1 lengths, 2 packed; each with and without what else there is.
 void ways(int H, int N, int T, unsigned seed, ClusterForm form, int multiprocessors = 132, int directions = 0) {
-    const int way = static_cast<int>(seed % 3);
-    Case c = {};
-    c.H = H;
-    c.N = N;
-    c.T = T;
-    c.I = 1;
-    c.L = 1;
-    c.D = directions ? directions : 1 + static_cast<int>(seed / 3 % 2);
-    c.packed = way == 2;
-    c.lengths = way == 1;
-    c.biased = seed % 5 != 0;
-    c.panels = seed % 4 == 0;
-    c.initials = seed % 4 < 2;
-    c.save = seed % 7 != 0;
-    c.reset = !c.packed && seed % 8 != 1;
-    c.reverse = c.D == 1 && seed % 2 == 1;
-    c.sums = true;
-    c.multiprocessors = multiprocessors;
+    const Case c = case_of(H, N, T, seed, multiprocessors, directions);
     both(c, seed, true, Start{form});
 }
 

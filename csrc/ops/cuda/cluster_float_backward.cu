@@ -366,6 +366,7 @@ bool plan_of(const Backward& call, const ClusterForm& form, BackwardPlan* plan) 
     const std::array<int, 7> key = {hidden, D, batch, call.multiprocessors, form.exchange, form.parts};
     return remembered(key, &plan->spread, [&](Spread* spread) { return find_spread(call, form, spread); });
 }
+
 template <int Held, int Rows>
 const char* start(BackwardPlan& plan) {
     return start_groups(kernel<Held, Rows, true>, kernel<Held, Rows, false>, plan,
