@@ -13,6 +13,11 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # Tools that the build calls by name are the ones in the environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Tests build the same kernels in one folder after the other.
+ifneq ($(shell command -v ccache),)
+export CMAKE_C_COMPILER_LAUNCHER ?= ccache
+export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+endif
 
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc' ! -path '*/lib/*') CMakeLists.txt pyproject.toml
 CXX_FILES = $(shell find csrc benchmarks examples tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu')
@@ -43,10 +48,12 @@ demo: venv
 	@mkdir -p demo
 	@$(BIN)/python examples/demo.py demo
 
+# A process a core, each with a file of tests at a time; the threads of one leave the cores to the others while they wait.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Two runs, as each folder has a conftest.py of its own.
 test: venv lint
-	$(BIN)/pytest
-	$(BIN)/pytest tests/cuda
+	$(PYTEST)
+	$(PYTEST) tests/cuda
 
 test-embedded: venv
 	@scripts/embedded_tools.sh
@@ -68,15 +75,17 @@ cuda-check:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -C build-dir=build/wheel ".[bench]"
 	@touch $@
 
-# nvcc from PATH, or else from PyPI.
+# nvcc from PATH, or else from PyPI. CUDA_ARCHITECTURES, as CMake spells them: fewer than the default build sooner.
 CUDA_WHEELS := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-cccl nvidia-cuda-runtime
 NVCC := $(or $(shell command -v nvcc),$(CURDIR)/.venv/cuda/nvcc)
 cuda: venv $(NVCC)
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DCELLSTEP_BUILD_CUDA=ON \
-	  -DCELLSTEP_BUILD_TOOLS=OFF -DCMAKE_CUDA_COMPILER=$(NVCC) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	  -DCELLSTEP_BUILD_TOOLS=OFF -DCMAKE_CUDA_COMPILER=$(NVCC) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DCMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)"
 	$(BIN)/cmake --build build/cuda --target cellstep_ops_cuda
 	cp build/cuda/csrc/ops/cuda/libcellstep_ops_cuda.so \
 	  $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('cellstep').submodule_search_locations[0])")/lib
+	$(BIN)/pip install --quiet --disable-pip-version-check nvidia-cuda-cuobjdump
 	$(BIN)/pytest tests/cuda/test_library.py
 
 .venv/cuda/nvcc: | venv

@@ -1,6 +1,9 @@
-"""The CUDA library where there is no GPU: it loads into a CUDA torch, and its kernels are there."""
+"""The CUDA library where there is no GPU: it loads into a CUDA torch, its kernels are there, and none spills."""
 
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ OPERATORS = [
     *("lstm_cell", "lstm_cell_backward", "lstm_layer", "lstm_layer_backward", "lstm_packed", "lstm_packed_backward"),
     *("lstm_layers", "lstm_layers_backward", "lstm_variant", "dense", "activate", "run_records", "has_kernels"),
 ]
+STACKS = re.compile(r"Function (\w+):\n.*?STACK:(\d+) .*?LOCAL:(\d+) ")
 PROGRAM = """
 import sys
 import torch
@@ -49,3 +53,45 @@ def test_loads_into_a_cuda_torch(library):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": site})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "+cu" in done.stdout
+
+
+def cuobjdump() -> str | None:
+    """NVIDIA's tool, from the toolkit or from PyPI."""
+    wheel = importlib.util.find_spec("nvidia.cu13") if importlib.util.find_spec("nvidia") else None
+    folders = [str(Path(place) / "bin") for place in (wheel and wheel.submodule_search_locations) or ()]
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=":".join(folders))
+
+
+def kept_in_memory(report: str, architecture: str) -> dict[str, int]:
+    """Bytes of memory that each thread has to itself, by kernel."""
+    parts = report.split("arch = ")
+    found = "".join(part for part in parts if part.startswith(f"{architecture}\n"))
+    return {name: int(stack) + int(local) for name, stack, local in STACKS.findall(found)}
+
+
+def test_a_spill_is_found():
+    report = """
+arch = sm_80
+ Function _Z1aPf:
+  REG:255 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:392 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+arch = sm_90a
+ Function _Z1aPf:
+  REG:255 STACK:8 SHARED:0 LOCAL:0 CONSTANT[0]:392 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z1bPf:
+  REG:40 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:392 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    assert kept_in_memory(report, "sm_90a") == {"_Z1aPf": 8, "_Z1bPf": 0}
+
+
+def test_no_kernel_spills(library):
+    tool = cuobjdump()
+    if not tool:
+        pytest.skip("no cuobjdump, which make cuda installs")
+    done = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if "arch = sm_90a\n" not in done.stdout:
+        pytest.skip("built for other architectures")
+    found = kept_in_memory(done.stdout, "sm_90a")
+    assert found, "expected the resources of kernels"
+    assert {name: size for name, size in found.items() if size} == {}

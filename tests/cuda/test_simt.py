@@ -12,7 +12,7 @@ ROOT = HERE.parent.parent
 
 def build(folder: Path, sources: list[Path], sanitizer: str = "") -> Path:
     """Compiles emulated kernels; with ``thread``, simt.cpp stays apart from what the sanitizer watches."""
-    base = ["g++", "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DCELLSTEP_EMULATED"]
+    base = ["g++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DCELLSTEP_EMULATED"]
     base += [f"-I{HERE}", f"-I{ROOT / 'csrc/ops/cuda'}"]
     checks = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=undefined"] if sanitizer else []
     apart = ["-DCELLSTEP_SIMT_RACES"] if sanitizer == "thread" else checks

@@ -42,8 +42,6 @@ def build(folder: Path) -> None:
             "error: expected clang with libFuzzer; found none; install clang (Debian: clang, libclang-rt-dev)"
         )
     parts = [f"-DCELLSTEP_BUILD_{part}=OFF" for part in ("OPS", "TOOLS", "PYTHON")]
-    if shutil.which("ccache"):
-        parts += [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("C", "CXX")]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     configure = ["cmake", "-S", ROOT, "-B", folder, *generator, "-DCMAKE_BUILD_TYPE=Release"]
     run([*configure, "-DCELLSTEP_BUILD_FUZZERS=ON", *options, *parts])

@@ -64,11 +64,26 @@ def read_csv(text):
     return lines[0], values[:, 0].astype(int), values[:, 1:].astype(np.float32)
 
 
-def pytest_terminal_summary(terminalreporter):
-    """PyTorch's own tests are counted as it counts them as well."""
+#: What PyTorch's own tests came to, counted as it counts them.
+closing_lines = []
+
+
+def pytest_sessionfinish(session):
     suite = sys.modules.get("test_torch_suite")
     if suite is not None and suite.passed:
-        terminalreporter.write_line(suite.closing_lines())
+        closing_lines.append(suite.closing_lines())
+    if hasattr(session.config, "workeroutput"):  # one of several processes, of which another one prints
+        session.config.workeroutput["closing_lines"] = closing_lines
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    closing_lines.extend(getattr(node, "workeroutput", {}).get("closing_lines", []))
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in closing_lines:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
