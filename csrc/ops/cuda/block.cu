@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(most_threads(Held)) forward(const __grid_const
 #pragma unroll
             for (int at = 0; at < 4 * Rows; ++at) sums[at] = own[at];
         } else {
-            deal<Lanes, 4 * Rows>(sums, part);
+            deal<4 * Rows>(sums, Place<Lanes>::groups, place.lane);
         }
 
 #pragma unroll
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(most_threads(Held)) backward(const __grid_cons
 #pragma unroll
             for (int at = 0; at < Rows; ++at) sums[at] = own[at];
         } else {
-            deal<Lanes, 4 * Rows>(sums, part);
+            deal<4 * Rows>(sums, Place<Lanes>::groups, place.lane);
         }
 #pragma unroll
         for (int at = 0; at < own_rows; ++at)

@@ -3,7 +3,6 @@
 #include <cstdlib>
 #include <optional>
 #include <string>
-#include <type_traits>
 
 #include "tensor.h"
 
@@ -97,23 +96,64 @@ const BackwardRule backward_rules[] = {
     {Kernel::cluster_float, [](const Backward& call) { return call.steps.steps >= 4 && work(call) <= 20'000'000; }},
 };
 
+/// What each kernel has for calls of one kind, in the order of `names`.
+template <class Call>
+struct Way {
+    bool (*fits)(const Call&);
+    const char* (*start)(const Call&);
+    std::size_t (*progress_words)(const Call&);
+};
+
+template <class Call>
+bool any_fits(const Call&) {
+    return true;
+}
+
+template <class Call>
+bool none_fits(const Call&) {
+    return false;
+}
+
+template <class Call>
+std::size_t no_words(const Call&) {
+    return 0;
+}
+
+const Way<Forward>& way(Kernel kernel, const Forward&) {
+    static const Way<Forward> ways[] = {
+        {any_fits, nullptr, no_words},
+        {rows_fits, rows_forward, no_words},
+        {block_fits, block_forward, block_progress_words},
+        {tensor_fits, tensor_forward, tensor_progress_words},
+        {[](const Forward& call) { return cluster_tensor_fits(call); },
+         [](const Forward& call) { return cluster_tensor_forward(call); },
+         [](const Forward& call) { return cluster_tensor_progress_words(call); }},
+        {[](const Forward& call) { return cluster_float_fits(call); },
+         [](const Forward& call) { return cluster_float_forward(call); },
+         [](const Forward& call) { return cluster_float_progress_words(call); }},
+    };
+    return ways[static_cast<int>(kernel)];
+}
+
+const Way<Backward>& way(Kernel kernel, const Backward&) {
+    static const Way<Backward> ways[] = {
+        {any_fits, nullptr, no_words},
+        {none_fits, nullptr, no_words},
+        {block_fits, block_backward, no_words},
+        {tensor_fits, tensor_backward, no_words},
+        {[](const Backward& call) { return cluster_tensor_fits(call); },
+         [](const Backward& call) { return cluster_tensor_backward(call); },
+         [](const Backward& call) { return cluster_tensor_progress_words(call); }},
+        {[](const Backward& call) { return cluster_float_fits(call); },
+         [](const Backward& call) { return cluster_float_backward(call); },
+         [](const Backward& call) { return cluster_float_progress_words(call); }},
+    };
+    return ways[static_cast<int>(kernel)];
+}
+
 template <class Call>
 bool fits(Kernel kernel, const Call& call) {
-    switch (kernel) {
-        case Kernel::rows:
-            if constexpr (std::is_same_v<Call, Forward>) return rows_fits(call);
-            return false;
-        case Kernel::block:
-            return block_fits(call);
-        case Kernel::tensor:
-            return tensor_fits(call);
-        case Kernel::cluster:
-            return cluster_tensor_fits(call);
-        case Kernel::cluster_float:
-            return cluster_float_fits(call);
-        default:
-            return true;
-    }
+    return way(kernel, call).fits(call);
 }
 
 template <class Rules, class Call>
@@ -166,59 +206,10 @@ bool choose(const char* op, const VariantCall& call) {
     return forced(op) != Kernel::plain && cluster_variant_pays(call);
 }
 
-const char* start(Kernel kernel, const Forward& call) {
-    switch (kernel) {
-        case Kernel::rows:
-            return rows_forward(call);
-        case Kernel::block:
-            return block_forward(call);
-        case Kernel::cluster:
-            return cluster_tensor_forward(call);
-        case Kernel::cluster_float:
-            return cluster_float_forward(call);
-        default:
-            return tensor_forward(call);
-    }
-}
-
-const char* start(Kernel kernel, const Backward& call) {
-    switch (kernel) {
-        case Kernel::block:
-            return block_backward(call);
-        case Kernel::cluster:
-            return cluster_tensor_backward(call);
-        case Kernel::cluster_float:
-            return cluster_float_backward(call);
-        default:
-            return tensor_backward(call);
-    }
-}
-
-std::size_t progress_words(Kernel kernel, const Forward& call) {
-    switch (kernel) {
-        case Kernel::block:
-            return block_progress_words(call);
-        case Kernel::tensor:
-            return tensor_progress_words(call);
-        case Kernel::cluster:
-            return cluster_tensor_progress_words(call);
-        case Kernel::cluster_float:
-            return cluster_float_progress_words(call);
-        default:
-            return 0;
-    }
-}
-
-std::size_t progress_words(Kernel kernel, const Backward& call) {
-    switch (kernel) {
-        case Kernel::cluster:
-            return cluster_tensor_progress_words(call);
-        case Kernel::cluster_float:
-            return cluster_float_progress_words(call);
-        default:
-            return 0;
-    }
-}
+const char* start(Kernel kernel, const Forward& call) { return way(kernel, call).start(call); }
+const char* start(Kernel kernel, const Backward& call) { return way(kernel, call).start(call); }
+std::size_t progress_words(Kernel kernel, const Forward& call) { return way(kernel, call).progress_words(call); }
+std::size_t progress_words(Kernel kernel, const Backward& call) { return way(kernel, call).progress_words(call); }
 
 }  // namespace cuda
 }  // namespace cellstep

@@ -101,27 +101,6 @@ struct Seat {
           column(lane >> (5 - spread.lane_bits)) {}
 };
 
-/// deal() of columns.h with the number of lanes known when it runs.
-template <int Sums, int Bit = 0>
-__device__ inline void deal_over(float* sums, int lane_bits, int lane) {
-    if constexpr (Bit < 5) {
-        if (Bit >= lane_bits) return;
-        constexpr int left = Sums > 1 ? Sums / 2 : 1, mask = 16 >> Bit;
-        if constexpr (Sums > 1) {
-            const bool upper = (lane & mask) != 0;
-#pragma unroll
-            for (int at = 0; at < left; ++at) {
-                const float keep = upper ? sums[at + left] : sums[at];
-                const float give = upper ? sums[at] : sums[at + left];
-                sums[at] = keep + shuffle_xor(give, mask);
-            }
-        } else {
-            sums[0] += shuffle_xor(sums[0], mask);
-        }
-        deal_over<left, Bit + 1>(sums, lane_bits, lane);
-    }
-}
-
 /// The sums of this thread's warp, [panel][quad][row] of four.
 __device__ inline float* sums_of(const FloatSpread& spread, unsigned char* memory, int warp) {
     return reinterpret_cast<float*>(memory + spread.sums_at) +
@@ -137,9 +116,9 @@ __device__ inline void find_sums(const HeldWeights<0, Held, Rows>& weights, cons
         float sums[count];
         const Seat seat(spread, this_thread());
         weights.multiply(sums, reinterpret_cast<const float*>(values) + panel * spread.panel_values, seat.column);
-        deal_over<count>(sums, spread.lane_bits, seat.lane);
-        const Seat again(spread, this_thread());
         const int quads = 32 >> spread.lane_bits;
+        deal<count>(sums, quads, seat.lane);
+        const Seat again(spread, this_thread());
         float* const to = sums_of(spread, memory, again.warp) + (panel * quads + again.quad % quads) * count;
         // A lane has count / lanes of them, or of lanes that have the same one the first writes it.
         const int dealt = count >> spread.lane_bits, twins = (1 << spread.lane_bits) / count;

@@ -208,7 +208,7 @@ __device__ inline void sweep_back(const BackwardPlan& plan) {
                                  reinterpret_cast<const float*>(exchange.values(step)) + panel * panel_size +
                                      slice * slice_columns * Rows,
                                  here.part);
-                deal<lanes, sums_of_group>(sums, here.part);
+                deal<sums_of_group>(sums, here.groups, here.lane);
                 constexpr int twins = lanes / sums_of_group;  // lanes with the same sum
                 const int sum = here.part / twins;
                 const int to = (panel * spread.units + group * 4 + sum % 4) * Rows + sum / 4;

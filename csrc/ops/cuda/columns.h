@@ -182,24 +182,27 @@ struct HeldWeights {
     }
 };
 
-/// Adds up the sums of a group's lanes and deals them out: with fewer lanes than sums, a lane's are the ones from
-/// part * Sums / Lanes on; with more, Lanes / Sums lanes side by side have the same one.
-template <int Lanes, int Sums, int Bit = Lanes / 2>
-__device__ inline void deal(float* sums, int part) {
-    constexpr int left = Sums > 1 ? Sums / 2 : 1;
-    constexpr int mask = Bit * (32 / Lanes);
-    if constexpr (Sums > 1) {
-        const bool upper = (part & Bit) != 0;
+/// Adds up the sums of a group's lanes, which stand `groups` apart in the warp, and deals them out: with fewer lanes
+/// than sums, a lane's are the ones from part * Sums / lanes on; with more, lanes / Sums of them side by side have the
+/// same one.
+template <int Sums, int Mask = 16>
+__device__ inline void deal(float* sums, int groups, int lane) {
+    if constexpr (Mask > 0) {
+        if (Mask < groups) return;
+        constexpr int left = Sums > 1 ? Sums / 2 : 1;
+        if constexpr (Sums > 1) {
+            const bool upper = (lane & Mask) != 0;
 #pragma unroll
-        for (int at = 0; at < left; ++at) {
-            const float keep = upper ? sums[at + left] : sums[at];
-            const float give = upper ? sums[at] : sums[at + left];
-            sums[at] = keep + shuffle_xor(give, mask);
+            for (int at = 0; at < left; ++at) {
+                const float keep = upper ? sums[at + left] : sums[at];
+                const float give = upper ? sums[at] : sums[at + left];
+                sums[at] = keep + shuffle_xor(give, Mask);
+            }
+        } else {
+            sums[0] += shuffle_xor(sums[0], Mask);
         }
-    } else {
-        sums[0] += shuffle_xor(sums[0], mask);
+        deal<left, Mask / 2>(sums, groups, lane);
     }
-    if constexpr (Bit > 1) deal<Lanes, left, Bit / 2>(sums, part);
 }
 
 /// As deal(), where groups own five sums: by way of shared memory a lane gets those from lane * Own on, of each row.
@@ -212,8 +215,8 @@ __device__ inline void exchange(float (&sums)[5 * Rows], float* shared, const Pl
     // Of the lanes that have the same sum one writes it.
     constexpr int twins = Lanes > 4 * Rows ? Lanes / (4 * Rows) : 1, twins_fifth = Lanes > Rows ? Lanes / Rows : 1;
     float* const mine = shared + place.warp * (Rows * in_warp);
-    deal<Lanes, 4 * Rows>(sums, place.part);
-    deal<Lanes, Rows>(sums + 4 * Rows, place.part);
+    deal<4 * Rows>(sums, groups, place.lane);
+    deal<Rows>(sums + 4 * Rows, groups, place.lane);
 #pragma unroll
     for (int k = 0; k < dealt; ++k) {
         const int at = place.part * 4 * Rows / Lanes + k;
