@@ -33,49 +33,23 @@ void ways(int H, int N, int T, unsigned seed, ClusterForm form, int multiprocess
         both_ways(float(), DataType::float32);
 }
 
-Forward call_of(int H, int N, int D) {
-    static const float something = 0;
-    Forward call = {};
-    call.type = DataType::float32;
-    call.steps.steps = 1;
-    call.steps.batch = N;
-    call.steps.tokens = N;
-    call.hidden_size = H;
-    call.layers = 1;
-    call.directions = D;
-    call.sums = &something;
-    call.multiprocessors = 132;
-    return call;
-}
-
-/// Which sizes each form takes, on a device of 132 multiprocessors.
+/// Which sizes each form takes.
 void sizes() {
-    const auto fits = [](int H, int batch, ClusterForm form, bool back) {
-        const Forward call = call_of(H, batch, 1);
-        Backward sweep = {};
-        sweep.type = call.type;
-        sweep.steps = call.steps;
-        sweep.hidden_size = H;
-        sweep.directions = 1;
-        sweep.multiprocessors = 132;
-        return back ? cluster_float_fits(sweep, form) : cluster_float_fits(call, form);
-    };
+    const DataType type = DataType::float32;
     for (const bool back : {false, true})
         for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid})
-            for (const int batch : {1, 16}) {
-                int most = 0;
-                for (int H = 1; H <= 2048; ++H)
-                    if (fits(H, batch, {exchange, 0}, back)) {
-                        if (most + 1 != H) std::printf("%d fits, %d does not\n", H, H - 1);
-                        most = H;
-                    }
-                std::printf("%s %s, %d rows: H to %d\n", back ? "backward" : "forward",
-                            exchange == ClusterForm::cluster ? "cluster" : "grid", batch, most);
-            }
-    Forward without_sums = call_of(64, 16, 1), doubles = call_of(64, 16, 1);
+            for (const int N : {1, 16})
+                print_largest(std::string(back ? "backward" : "forward") +
+                                  (exchange == ClusterForm::cluster ? " cluster, " : " grid, ") + std::to_string(N) +
+                                  " rows",
+                              [&](int H) {
+                                  return back ? cluster_float_fits(back_of(H, N, type), {exchange, 0})
+                                              : cluster_float_fits(call_of(H, N, type), {exchange, 0});
+                              });
+    Forward without_sums = call_of(64, 16, type);
     without_sums.sums = nullptr;
-    doubles.type = DataType::float64;
-    if (cluster_float_fits(without_sums) || cluster_float_fits(doubles)) std::printf("fits what it cannot do\n");
+    if (cluster_float_fits(without_sums) || cluster_float_fits(call_of(64, 16, DataType::float64)))
+        std::printf("fits what it cannot do\n");
 }
 
 }  // namespace

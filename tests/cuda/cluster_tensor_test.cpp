@@ -22,50 +22,21 @@ void ways(int H, int N, int T, unsigned seed, ClusterForm form, int multiprocess
     both(c, seed, true, Start{form});
 }
 
-Forward call_of(int H, int N, int D) {
-    static const float something = 0;
-    Forward call = {};
-    call.type = DataType::bfloat16;
-    call.steps.steps = 1;
-    call.steps.batch = N;
-    call.steps.tokens = N;
-    call.hidden_size = H;
-    call.layers = 1;
-    call.directions = D;
-    call.sums = &something;
-    call.multiprocessors = 132;
-    return call;
-}
-
-/// Which sizes each form takes, on a device of 132 multiprocessors.
+/// Which sizes each form takes.
 void sizes() {
-    const auto fits = [](int H, ClusterForm form, bool back) {
-        Forward call = call_of(H, 16, 1);
-        Backward sweep = {};
-        sweep.type = call.type;
-        sweep.steps = call.steps;
-        sweep.hidden_size = H;
-        sweep.directions = 1;
-        sweep.multiprocessors = 132;
-        return back ? cluster_tensor_fits(sweep, form) : cluster_tensor_fits(call, form);
-    };
+    const DataType type = DataType::bfloat16;
     for (const bool back : {false, true})
-        for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid}) {
-            int most = 0;
-            for (int H = 1; H <= 2100; ++H)
-                if (fits(H, {exchange, 0}, back)) {
-                    if (most + 1 != H) std::printf("%d fits, %d does not\n", H, H - 1);
-                    most = H;
-                }
-            std::printf("%s %s: H to %d\n", back ? "backward" : "forward",
-                        exchange == ClusterForm::cluster ? "cluster" : "grid", most);
-        }
-    Forward call = call_of(64, 16, 1);
-    call.sums = nullptr;
-    const bool without_sums = cluster_tensor_fits(call);
-    call = call_of(64, 16, 1);
-    call.type = DataType::float32;
-    if (without_sums || cluster_tensor_fits(call)) std::printf("fits what it cannot do\n");
+        for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid})
+            print_largest(
+                std::string(back ? "backward" : "forward") + (exchange == ClusterForm::cluster ? " cluster" : " grid"),
+                [&](int H) {
+                    return back ? cluster_tensor_fits(back_of(H, 16, type), {exchange, 0})
+                                : cluster_tensor_fits(call_of(H, 16, type), {exchange, 0});
+                });
+    Forward without_sums = call_of(64, 16, type);
+    without_sums.sums = nullptr;
+    if (cluster_tensor_fits(without_sums) || cluster_tensor_fits(call_of(64, 16, DataType::float32)))
+        std::printf("fits what it cannot do\n");
 }
 
 }  // namespace

@@ -39,4 +39,44 @@ const char* with_progress(Call& call, std::size_t words, const char* (*start)(co
     return progress.back() == last ? nullptr : "wrote behind progress";
 }
 
+/// One step of one layer with its sums given, on a device of 132 multiprocessors: to ask what fits.
+Forward call_of(int H, int N, DataType type) {
+    static const float something = 0;
+    Forward call = {};
+    call.type = type;
+    call.steps.steps = 1;
+    call.steps.batch = N;
+    call.steps.tokens = N;
+    call.hidden_size = H;
+    call.layers = 1;
+    call.directions = 1;
+    call.sums = &something;
+    call.multiprocessors = 132;
+    return call;
+}
+
+/// The way back of the same.
+Backward back_of(int H, int N, DataType type) {
+    const Forward call = call_of(H, N, type);
+    Backward back = {};
+    back.type = call.type;
+    back.steps = call.steps;
+    back.hidden_size = H;
+    back.directions = call.directions;
+    back.multiprocessors = call.multiprocessors;
+    return back;
+}
+
+/// Prints the largest size that fits, and those below it that do not.
+template <class Fits>
+void print_largest(const std::string& what, const Fits& fits) {
+    int most = 0;
+    for (int H = 1; H <= 2100; ++H)
+        if (fits(H)) {
+            if (most + 1 != H) std::printf("%s: %d fits, %d does not\n", what.c_str(), H, H - 1);
+            most = H;
+        }
+    std::printf("%s: H to %d\n", what.c_str(), most);
+}
+
 }  // namespace
