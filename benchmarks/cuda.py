@@ -58,7 +58,6 @@ from benchmarks.gpu.ways import (  # noqa: E402
 
 #: Seconds of a comparison of all ways of a row in one pass and mode.
 SECONDS = 0.25
-FAILURES = (RuntimeError, ValueError, ImportError, OSError, AssertionError, TypeError)
 
 
 def one_line(error: Exception) -> str:
@@ -108,7 +107,7 @@ class Bench:
                 if difference > DIFFERENCE[case.row.dtype]:
                     raise ValueError(f"its answer differs from float64 by {difference:.1e}")
                 ways[name] = way
-            except FAILURES as error:
+            except Exception as error:
                 for entry in entries:
                     entry.reasons[name] = one_line(error)
         return ways
@@ -125,7 +124,7 @@ class Bench:
                 for name in calls:
                     try:
                         ready[name] = capture(calls[name], self.clock)
-                    except FAILURES as error:
+                    except Exception as error:
                         del ready[name]
                         entry.reasons[f"{name}, graph"] = one_line(error)
             if OURS not in ready:
@@ -160,8 +159,12 @@ class Bench:
                 entry.reasons[OURS] = "left out: the time given to the run was over"
             return
         with precision(row.dtype):
-            case = Case(row, self.device)
-            ways = self.build(case, names, entries)
+            try:
+                ways = self.build(Case(row, self.device), names, entries)
+            except Exception as error:
+                for entry in entries:
+                    entry.reasons[OURS] = one_line(error)
+                return
             for entry in entries:
                 try:
                     self.time(entry, ways, reporting.MODES)
@@ -173,7 +176,7 @@ class Bench:
                                 entry.kernels = own(seen)
                             else:
                                 entry.peer_launches = len(seen)
-                except FAILURES as error:
+                except Exception as error:
                     entry.reasons[OURS] = one_line(error)
 
     def run_compiled(self, seconds: float) -> None:
@@ -189,11 +192,10 @@ class Bench:
                 entry.reasons[COMPILED] = "left out: the time given to compilation was over"
                 continue
             with precision(row.dtype):
-                case = Case(row, self.device)
-                ways = self.build(case, [OURS, HAND_WRITTEN, COMPILED], [entry])
                 try:
+                    ways = self.build(Case(row, self.device), [OURS, HAND_WRITTEN, COMPILED], [entry])
                     self.time(entry, ways, ("eager",))
-                except FAILURES as error:
+                except Exception as error:
                     entry.reasons[COMPILED] = one_line(error)
 
     def run_ragged(self, row: Row) -> None:
@@ -207,7 +209,7 @@ class Bench:
                 samples, _ = compare(calls, self.clock, self.seconds)
             times = {name: found.median for name, found in samples.items()}
             self.report.ragged.append(Ragged(row, times.pop("packed"), times))
-        except FAILURES as error:
+        except Exception as error:
             print(f"{row.name}: no comparison with padded rows: {one_line(error)}", file=sys.stderr)
 
 

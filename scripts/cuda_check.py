@@ -4,9 +4,9 @@
 
 The machine needs Python 3.10 with a CUDA build of torch 2.11 or later, nvcc, CMake and pybind11; everything else is
 used where it is there. --wheels names a folder of wheels to take absent packages from (`pip download -d build/wheels
-pytest numpy hypothesis flashrnn`), --libraries one with libcellstep_ops.so, libcellstep_ops_cuda.so and _runtime*.so
-that were built elsewhere, and cuda_probe (of benchmarks/cuda_probe.cu), without which nvcc builds it: where the GPU is
-there for minutes, all that is to be done before.
+pytest numpy hypothesis flashrnn`), --libraries one with libcellstep_ops.so and libcellstep_ops_cuda.so that were built
+elsewhere, with _runtime*.so and cuda_probe (of benchmarks/cuda_probe.cu), each of which is built where it is missing or
+made for another Python: where the GPU is there for minutes, all that is to be done before.
 
 Tests and sanitizers come first and run beside one another, as what they wait for is the processor; then the tables
 alone. Each part has its own time, and one that fails, hangs or runs out of time stops no other. OUT holds what each
@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -212,29 +213,36 @@ def install_wheels(check: Check, wheels: Path) -> None:
         check.run("FlashRNN", 60, [*install, "flashrnn"])
 
 
+def compile_targets(check: Check, folder: Path, options: dict[str, str], targets: Sequence[str]) -> bool:
+    """Builds targets in a folder; whether that went well."""
+    programs = {name: find(name) for name in ("cmake", *(["nvcc"] if "CUDA" in options else []))}
+    if missing := [name for name, program in programs.items() if program is None]:
+        return check.add(f"build {folder.name}", False, f"expected {', '.join(missing)}; not found").passed
+    cmake = programs["cmake"]
+    generator = ["-G", "Ninja"] if find("ninja") else []
+    configure = [cmake, "-S", ROOT, "-B", folder, *generator, "-DCMAKE_BUILD_TYPE=Release"]
+    configure += [f"-DCELLSTEP_BUILD_{name}={value}" for name, value in options.items()]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    if "nvcc" in programs:
+        # Of the device that is here alone: seconds instead of minutes.
+        configure += [f"-DCMAKE_CUDA_COMPILER={programs['nvcc']}", f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}"]
+    configure += [f"-Dpybind11_DIR={said_by(sys.executable, '-m', 'pybind11', '--cmakedir')}"]
+    if not check.run(f"configure {folder.name}", 60, configure).passed:
+        return False
+    command = [cmake, "--build", folder, "--parallel", os.cpu_count() or 1, "--target", *targets]
+    return check.run(f"build {folder.name}", 1800 if check.dry_run else 240, command).passed
+
+
 def build(check: Check, libraries: Path | None) -> bool:
     """The libraries and the Python sources under build/cuda-check; whether they are there."""
     if libraries is None:
-        cmake = find("cmake")
-        if cmake is None or find("nvcc") is None:
-            return check.add("build", False, "expected cmake and nvcc; found one of them or none").passed
-        generator = ["-G", "Ninja"] if find("ninja") else []
-        configure = [cmake, "-S", ROOT, "-B", BUILD / "cmake", *generator, "-DCMAKE_BUILD_TYPE=Release"]
         options = {"PYTHON": "ON", "TOOLS": "OFF", "CUDA": "ON", "CUDA_EMULATED": "ON" if check.dry_run else "OFF"}
-        configure += [f"-DCELLSTEP_BUILD_{name}={value}" for name, value in options.items()]
-        # Of the device that is here alone: seconds instead of minutes.
-        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CUDA_COMPILER={find('nvcc')}"]
-        configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}"]
-        configure += [f"-Dpybind11_DIR={said_by(sys.executable, '-m', 'pybind11', '--cmakedir')}"]
-        if not check.run("configure", 60, configure).passed:
-            return False
         targets = ["cellstep_ops", "cellstep_ops_cuda", "cellstep_python"]
         if check.dry_run:
             targets.append("cellstep_ops_emulated")
-        command = [cmake, "--build", BUILD / "cmake", "--parallel", os.cpu_count() or 1, "--target", *targets]
-        if not check.run("build", 1800 if check.dry_run else 240, command).passed:
+        libraries = BUILD / "libraries"
+        if not compile_targets(check, libraries, options, targets):
             return False
-        libraries = BUILD / "cmake"
     shutil.rmtree(PACKAGE, ignore_errors=True)
     PROBE.unlink(missing_ok=True)
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "lib")
@@ -245,10 +253,15 @@ def build(check: Check, libraries: Path | None) -> bool:
         if found is None:
             return check.add("libraries", False, f"expected {name} in '{libraries}'; got none").passed
         shutil.copy2(found, PACKAGE / "cellstep" / "lib" / name)
-    module = next(libraries.rglob("_runtime*.so"), None)
+    # It belongs to one version of Python, which may be another where the libraries were built.
+    name = f"_runtime{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module = next(libraries.rglob(name), None)
     if module is None:
-        return check.add("libraries", False, f"expected the module _runtime in '{libraries}'; got none").passed
-    shutil.copy2(module, PACKAGE / "cellstep" / module.name)
+        options = {"PYTHON": "ON", "TOOLS": "OFF", "OPS": "OFF"}
+        if not compile_targets(check, BUILD / "module", options, ["cellstep_python"]):
+            return False
+        module = next((BUILD / "module").rglob(name))
+    shutil.copy2(module, PACKAGE / "cellstep" / name)
     if check.dry_run:
         check.emulation = next(libraries.rglob(EMULATION), None)
         if check.emulation is None:
@@ -309,6 +322,9 @@ def sanitizers(check: Check) -> list[Job]:
             options += ["--track-unused-memory", "no"]
         else:
             options += ["--kernel-name", "kernel_substring=cellstep"]
+        if tool == "memcheck":
+            # Questions that the driver answers with an error are no finding; a launch that fails ends the script.
+            options += ["--report-api-errors", "no"]
         jobs.append(Job(tool, 180, [program, *options, *script], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     return jobs
 

@@ -117,6 +117,12 @@ def compare(calls: dict[str, Call], clock: Clock, seconds: float) -> tuple[dict[
     return samples, {name: median(found) for name, found in ratios.items() if name != first}
 
 
+def leave_capture() -> None:
+    """After a capture that failed: torch's generator takes itself to be in it still, and gives no random numbers."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
+
+
 def capture(call: Call, clock: Clock) -> Call:
     """The call as a CUDA graph.
 
@@ -133,8 +139,12 @@ def capture(call: Call, clock: Clock) -> Call:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
+    try:
+        with torch.cuda.graph(graph):
+            kept = call()
+    except Exception:
+        leave_capture()
+        raise
 
     def replay(graph: Any = graph, kept: object = kept) -> None:  # what it wrote stays its own as long as it lives
         graph.replay()

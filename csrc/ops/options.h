@@ -61,6 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_variant(
         if (code < 0 || code >= static_cast<std::int64_t>(core::Activation::softmax))
             fail(op, ": expected activations below ", static_cast<int>(core::Activation::softmax), ", got ", code);
     if (reset) check_mask(op, "reset", *reset, {steps, batch});
+    if (reset && !is_together(*reset, x)) fail(op, ": expected reset on the device of x, got another: move it");
     if (norm_ih.has_value() != norm_hh.has_value() || norm_ih.has_value() != norm_c.has_value() ||
         norm_ih.has_value() != norm_c_bias.has_value())
         fail(op, ": expected norm_ih, norm_hh, norm_c and norm_c_bias together, or none of them");

@@ -60,7 +60,7 @@ int main(int count, char** arguments) {
     unsigned seed = 1;
     if (what == "sizes") sizes();
     if (what == "cluster") {
-        for (int parts = 1; parts <= 16; ++parts)
+        for (int parts = 2; parts <= 16; ++parts)
             ways(5 + parts * 6, 1 + parts * 3 % 11, 5, seed++, {ClusterForm::cluster, parts});
         // One row of lanes that send less than 16 bytes.
         for (const int H : {3, 100, 256}) ways(H, 1, 4, seed++, {ClusterForm::cluster, 16});
@@ -88,7 +88,7 @@ int main(int count, char** arguments) {
         ways(12, 300, 3, seed++, {}, 132, 2);
     }
     if (what == "few") {
-        for (const int parts : {1, 2, 7}) ways(9 + parts * 2, 5, 4, seed++, {ClusterForm::cluster, parts});
+        for (const int parts : {2, 3, 7}) ways(9 + parts * 2, 5, 4, seed++, {ClusterForm::cluster, parts});
         for (const int parts : {3, 5}) ways(22, 5, 4, seed++, {ClusterForm::grid, parts});
         ways(26, 1, 4, seed++, {ClusterForm::cluster, 13});
         ways(14, 9, 4, seed++, {ClusterForm::grid, 2}, 2);

@@ -387,7 +387,7 @@ void sizes() {
                 call.steps = 1;
                 call.multiprocessors = 132;
                 if (!cluster_variant_fits(call, {exchange, 0})) continue;
-                if (most + 1 != H) std::printf("%d fits, %d does not\n", H, H - 1);
+                if (most && most + 1 != H) std::printf("%d fits, %d does not\n", H, H - 1);
                 most = H;
             }
             std::printf("%s, %s: H to %d\n", exchange == ClusterForm::cluster ? "cluster" : "grid",
@@ -415,7 +415,8 @@ int main(int count, char** arguments) {
     };
     const auto each_form = [&](int most, const auto& visit) {
         for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid})
-            for (int parts = 1; parts <= most; ++parts) visit(ClusterForm{exchange, parts});
+            for (int parts = exchange == ClusterForm::cluster ? 2 : 1; parts <= most; ++parts)
+                visit(ClusterForm{exchange, parts});
     };
     if (what == "alone")  // each option, with what it hangs on
         each_form(3, [&](ClusterForm form) {

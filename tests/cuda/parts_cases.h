@@ -67,13 +67,13 @@ Backward back_of(int H, int N, DataType type) {
     return back;
 }
 
-/// Prints the largest size that fits, and those below it that do not.
+/// Prints the largest size that fits, and gaps below it.
 template <class Fits>
 void print_largest(const std::string& what, const Fits& fits) {
     int most = 0;
     for (int H = 1; H <= 2100; ++H)
         if (fits(H)) {
-            if (most + 1 != H) std::printf("%s: %d fits, %d does not\n", what.c_str(), H, H - 1);
+            if (most && most + 1 != H) std::printf("%s: %d fits, %d does not\n", what.c_str(), H, H - 1);
             most = H;
         }
     std::printf("%s: H to %d\n", what.c_str(), most);

@@ -23,18 +23,19 @@ namespace simt {
 
 Place* here = nullptr;
 
+void stop(const char* reason) {
+    std::fprintf(stderr, "simt: %s\n", reason);
+    std::abort();
+}
+
 namespace {
 
 constexpr std::size_t stack_bytes = 64 * 1024;
 constexpr std::size_t exchange_bytes = 64;
 constexpr std::size_t guard_bytes = 256;  // on either side of a block's shared memory
 constexpr unsigned char guard = 0xa5;
+constexpr long longest_delay = 16384;     // turns that other threads have meanwhile
 constexpr long longest_wait = 2'000'000;  // pauses without a thread that does anything else
-
-[[noreturn]] void stop(const char* reason) {
-    std::fprintf(stderr, "simt: %s\n", reason);
-    std::abort();
-}
 
 // What orders accesses, told to the thread sanitizer: whatever came before publish(p) comes before observe(p) is over.
 #if defined(CELLSTEP_SIMT_RACES)
@@ -315,7 +316,8 @@ void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& 
         stop("expected clusters of 1 to 16 blocks and a grid of whole ones");
     const auto room = static_cast<std::size_t>(setting("CELLSTEP_SIMT_BLOCKS", 8));
     const std::size_t most = together ? blocks : std::max<std::size_t>(room, cluster);
-    order.seed(static_cast<std::uint64_t>(setting("CELLSTEP_SIMT_SEED", 0)));
+    static std::uint64_t launches = 0;  // each has an order of its own
+    order.seed(static_cast<std::uint64_t>(setting("CELLSTEP_SIMT_SEED", 0)) + (launches++ << 32));
     body = &kernel;
     runnable.clear();
     pauses = 0;
@@ -327,6 +329,8 @@ void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& 
     if (setting("CELLSTEP_SIMT_SEED", 0) != 0) std::shuffle(starts.begin(), starts.end(), order);
     std::vector<std::unique_ptr<Block>> resident;
     std::size_t next = 0;
+    const Warp* held_up = nullptr;  // only compared, as its block may have ended
+    long delay = static_cast<long>(order() % longest_delay);
     for (;;) {
         while (resident.size() + cluster <= most && next < starts.size()) {
             const auto group = std::make_shared<Cluster>();
@@ -339,7 +343,13 @@ void run(dim3 grid, dim3 size, std::size_t shared, const std::function<void()>& 
         }
         if (resident.empty()) return;
         if (runnable.empty()) stop("all threads wait at barriers that not all of their block or warp come to");
-        const std::size_t pick = order() % runnable.size();
+        std::size_t pick = order() % runnable.size();
+        if (--delay < 0) {
+            // Now and then a warp stands still while the others go on.
+            held_up = held_up ? nullptr : &warp_of(runnable[pick]);
+            delay = static_cast<long>(order() % (held_up ? longest_delay : 2 * longest_delay));
+        }
+        for (int tries = 0; tries < 4 && &warp_of(runnable[pick]) == held_up; ++tries) pick = order() % runnable.size();
         Fiber* fiber = runnable[pick];
         runnable[pick] = runnable.back();
         runnable.pop_back();

@@ -80,6 +80,8 @@ void cluster_sync();
 unsigned char* shared_of(int rank);
 /// Lets other threads run.
 void pause();
+/// Ends the program.
+[[noreturn]] void stop(const char* reason);
 /// `cluster` blocks, neighbours in x, start together; all blocks of the grid if `together`.
 void run(dim3 grid, dim3 block, std::size_t shared, const std::function<void()>& kernel, unsigned cluster = 1,
          bool together = false);
@@ -155,9 +157,10 @@ void send_word(unsigned char* shared, const Word& value, Arrivals* arrivals, int
     __atomic_fetch_add(remote(arrivals, rank), sizeof(value), __ATOMIC_RELEASE);
 }
 inline void wait_for_arrivals(Arrivals* arrivals, int phase, int bytes) {
-    while (__atomic_load_n(arrivals, __ATOMIC_ACQUIRE) <
-           static_cast<Arrivals>(phase + 1) * static_cast<Arrivals>(bytes))
-        pause();
+    const auto phases = [&] { return __atomic_load_n(arrivals, __ATOMIC_ACQUIRE) / static_cast<Arrivals>(bytes); };
+    while (phases() <= static_cast<Arrivals>(phase)) pause();
+    // The device tells the phases apart by one bit.
+    if (phases() > static_cast<Arrivals>(phase) + 1) simt::stop("a thread is two phases of arrivals behind");
 }
 
 /// Bytes of shared memory that a block may have: that of an H100.
@@ -237,6 +240,7 @@ const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t 
 template <class Argument>
 const char* launch_clusters(void (*kernel)(Argument), unsigned cluster, dim3 grid, dim3 block, std::size_t shared,
                             void* stream, const Argument& argument) {
+    if (cluster < 2) simt::stop("clusters of one block cannot send");
     simt::put(stream, [=] { simt::run(grid, block, shared, [&] { kernel(argument); }, cluster); });
     return nullptr;
 }

@@ -1,6 +1,8 @@
 """On a CUDA device. References are torch's own modules on the CPU in float64."""
 
 import copy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +232,7 @@ def test_a_package_for_cuda(tmp_path):
         cellstep.load(tmp_path / "model.pt2", "cpu")
 
 
+@pytest.mark.skipif(not Path(sys.executable).with_name("cellstep-run").exists(), reason="it is not installed")
 @pytest.mark.parametrize("suffix", [".pt", ".pt2"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_runner_on_cuda(suffix, stream, series_csv, tmp_path):

@@ -266,11 +266,11 @@ bool choose_spread(const Product& product, int directions, int batch, int multip
     };
     const bool with_clusters = form.exchange != ClusterForm::grid, with_grid = form.exchange != ClusterForm::cluster;
     if (form.parts > 0) {
-        if (with_clusters && form.parts <= most_cluster) consider(false, form.parts);
+        if (with_clusters && form.parts >= least_cluster && form.parts <= most_cluster) consider(false, form.parts);
         if (with_grid) consider(true, form.parts);
         return least >= 0;
     }
-    for (int parts = 1; with_clusters && parts <= most_cluster; ++parts) consider(false, parts);
+    for (int parts = least_cluster; with_clusters && parts <= most_cluster; ++parts) consider(false, parts);
     for (int quads = 1; with_grid && quads <= 64; ++quads) consider(true, (product.quads + quads - 1) / quads);
     return least >= 0;
 }

@@ -351,7 +351,7 @@ bool find_spread(const Backward& call, const ClusterForm& form, Spread* best) {
     for (int units = 4; units <= 4 * most_warps * 32 / lanes; units += 4) {
         const int parts = form.parts > 0 ? form.parts : up(hidden, units);
         if (form.parts > 0 && units != up(up(hidden, parts), 4) * 4) continue;
-        if (with_clusters && parts <= most_cluster) consider(false, parts, units);
+        if (with_clusters && parts >= least_cluster && parts <= most_cluster) consider(false, parts, units);
         if (with_grid) consider(true, parts, units);
     }
     return least >= 0;

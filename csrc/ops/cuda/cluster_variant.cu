@@ -246,9 +246,12 @@ __device__ inline void sweep(const VariantPlan& plan) {
     fetch(0);
 
     if (s.norm_hh) Exchange<Clusters>{plan.statistics, memory}.meet(0);
+    const auto warp_has_units = [&] { return course.first_quad + (this_thread() / 32 << (5 - spread.lane_bits)) < H; };
     for (int step = 0; step < course.bound; ++step) {
         exchange.meet(step);
-        if (Clusters && step == 0 && exchange.part() >= spread.busy) break;
+        // Who sends nothing must leave, or it may fall two meetings behind, unless the part's other warps wait for it:
+        // where they normalise they do.
+        if (Clusters && step == 0 && (s.norm_hh ? exchange.part() >= spread.busy : !warp_has_units())) break;
         find_sums(weights, spread, exchange.values(step), memory);
         if (s.norm_hh)
             normalise<Clusters>(plan, memory, 2 * step + 1, s.coupled ? 3 : 4, normals.of_hidden);

@@ -249,6 +249,13 @@ inline std::size_t shared_limit() {
     return static_cast<std::size_t>(bytes);
 }
 
+/// Lets a kernel have all the shared memory there is. It is the same for each launch, as the function keeps it and
+/// other threads launch it too.
+inline cudaError_t allow_shared(const void* function) {
+    return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(shared_limit()));
+}
+
 /// Starts a kernel of one argument; `shared` bytes of dynamic shared memory, more than 48 KB too; `together`: with the
 /// promise that all blocks run at once, so that they may wait for one another. Returns null, or what the driver says.
 template <class Argument>
@@ -256,9 +263,7 @@ const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t 
                    const Argument& argument, bool together = false) {
     const void* function = reinterpret_cast<const void*>(kernel);
     void* arguments[] = {const_cast<Argument*>(&argument)};
-    cudaError_t error = cudaSuccess;
-    if (shared > 48 * 1024)
-        error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    cudaError_t error = shared > 48 * 1024 ? allow_shared(function) : cudaSuccess;
     const auto queue = static_cast<cudaStream_t>(stream);
     if (error == cudaSuccess)
         error = together ? cudaLaunchCooperativeKernel(function, grid, block, arguments, shared, queue)
@@ -269,8 +274,7 @@ const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, std::size_t 
 template <class Argument>
 cudaError_t prepare_clusters(void (*kernel)(Argument), unsigned cluster, dim3 grid, dim3 block, std::size_t shared,
                              void* stream, cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute) {
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel));
     if (error == cudaSuccess && cluster > 8)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -296,12 +300,15 @@ const char* launch_clusters(void (*kernel)(Argument), unsigned cluster, dim3 gri
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-/// Clusters that the device has room for at once.
+/// Clusters that the device has room for at once: none where it knows no clusters.
 template <class Argument>
 int most_clusters(void (*kernel)(Argument), unsigned cluster, dim3 block, std::size_t shared) {
     cudaLaunchConfig_t config{};
     cudaLaunchAttribute attribute;
-    int count = 0;
+    int count = 0, device = 0, known = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&known, cudaDevAttrClusterLaunch, device) != cudaSuccess || !known)
+        return 0;
     if (prepare_clusters(kernel, cluster, dim3(cluster), block, shared, nullptr, config, attribute) != cudaSuccess ||
         cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
         cudaGetLastError();

@@ -12,7 +12,8 @@
 namespace cellstep {
 namespace cuda {
 
-constexpr int most_cluster = 16;
+/// What blocks of a cluster send with st.async is defined for clusters of more than one (PTX ISA).
+constexpr int least_cluster = 2, most_cluster = 16;
 
 /// Who shares, and where the values of a step lie.
 struct Sharing {
@@ -75,6 +76,7 @@ struct Exchange {
                     begin_arrivals(arrivals(next));
                     expect_arrivals(arrivals(next), sent);
                 }
+                warp_sync();
                 cluster_sync();
                 return;
             }
