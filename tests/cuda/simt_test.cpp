@@ -178,6 +178,28 @@ void multiply(Product call) {
     for (int v = 0; v < 4; ++v) call.d[place_d(lane, v)] = d[v];
 }
 
+/// Warp 0 of both blocks sends 8 bytes three times; warp 1 looks for the first when the last has come.
+void late_for_arrivals(Ints call) {
+    auto* const arrivals = reinterpret_cast<Arrivals*>(shared_memory());
+    int* const word = reinterpret_cast<int*>(shared_memory() + 16);
+    if (threadIdx.x == 0) begin_arrivals(arrivals);
+    cluster_sync();
+    if (threadIdx.x >= 32) {
+        if (threadIdx.x == 32) {
+            wait_until(call.data + blockIdx.x, 3);
+            wait_for_arrivals(arrivals, 0, 8);
+        }
+    } else if (threadIdx.x == 0) {
+        for (int phase = 0; phase < 3; ++phase) {
+            for (int rank = 0; rank < 2; ++rank)
+                send_word(reinterpret_cast<unsigned char*>(word + cluster_rank()), 7u, arrivals, rank);
+            wait_for_arrivals(arrivals, phase, 8);
+            store_release(call.data + blockIdx.x, phase + 1);
+        }
+    }
+    cluster_sync();
+}
+
 /// The number of wrong values of d += a b.
 template <class T>
 int wrong_products(bool planted) {
@@ -272,6 +294,10 @@ int main(int, char** arguments) {
         launch_clusters(around_cluster<false, false>, 4, blocks, threads, 256, nullptr, call);
     } else if (name == "cluster_that_ends") {
         launch_clusters(cluster_that_ends, 4, blocks, threads, 256, nullptr, call);
+    } else if (name == "late_for_arrivals") {
+        launch_clusters(late_for_arrivals, 2, 2, threads, 256, nullptr, call);
+    } else if (name == "cluster_of_one") {
+        launch_clusters(cluster_that_ends, 1, blocks, threads, 256, nullptr, call);
     } else if (name == "all_blocks") {
         go(wait_for_all_blocks, blocks, 32);
     } else if (name == "all_blocks_together") {

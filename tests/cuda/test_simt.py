@@ -62,6 +62,8 @@ def test_right(program: tuple[Path, str], case: str, blocks: int) -> None:
         ("shuffle_of_half", "all threads wait at barriers that not all of their block or warp come to"),
         ("shuffle_meets_sync", "lanes of one warp meet for different things"),
         ("no_wait", "a value from another stream"),
+        ("late_for_arrivals", "a thread is two phases of arrivals behind"),
+        ("cluster_of_one", "clusters of one block cannot send"),
         ("no_grid", "expected a grid with at least one block"),
     ],
 )
