@@ -377,7 +377,7 @@ void sizes() {
     const float some = 0;
     for (const bool normalises : {false, true})
         for (const auto exchange : {ClusterForm::cluster, ClusterForm::grid}) {
-            int most = 0;
+            int least = 0, most = 0;
             for (int H = 1; H <= 2100; ++H) {
                 VariantCall call{};
                 call.step.batch = 16;
@@ -388,10 +388,11 @@ void sizes() {
                 call.multiprocessors = 132;
                 if (!cluster_variant_fits(call, {exchange, 0})) continue;
                 if (most && most + 1 != H) std::printf("%d fits, %d does not\n", H, H - 1);
+                least = least ? least : H;
                 most = H;
             }
-            std::printf("%s, %s: H to %d\n", exchange == ClusterForm::cluster ? "cluster" : "grid",
-                        normalises ? "normalised" : "not normalised", most);
+            std::printf("%s, %s: H %d to %d\n", exchange == ClusterForm::cluster ? "cluster" : "grid",
+                        normalises ? "normalised" : "not normalised", least, most);
         }
 }
 

@@ -67,16 +67,17 @@ Backward back_of(int H, int N, DataType type) {
     return back;
 }
 
-/// Prints the largest size that fits, and gaps below it.
+/// Prints the least and the largest size that fit, and gaps between them.
 template <class Fits>
 void print_largest(const std::string& what, const Fits& fits) {
-    int most = 0;
+    int least = 0, most = 0;
     for (int H = 1; H <= 2100; ++H)
         if (fits(H)) {
             if (most && most + 1 != H) std::printf("%s: %d fits, %d does not\n", what.c_str(), H, H - 1);
+            least = least ? least : H;
             most = H;
         }
-    std::printf("%s: H to %d\n", what.c_str(), most);
+    std::printf("%s: H %d to %d\n", what.c_str(), least, most);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ class Kernels:
 
     name: str  #: of the program, and of the kernel file beside those in `also`
     runs: tuple[str, ...]
-    sizes: list[str]  #: the largest: shared memory and multiprocessors of an H100 hold it and every smaller one
+    sizes: list[str]  #: from and to which shared memory and multiprocessors of an H100 hold all
     also: tuple[str, ...] = ()
     seeds: int = 4
     raced: str = "few"  #: what the thread sanitizer gets through
@@ -27,21 +27,26 @@ class Kernels:
 TENSOR = Kernels(
     "cluster_tensor",
     ("cluster", "grid", "chosen"),
-    ["forward cluster: H to 832", "forward grid: H to 2048", "backward cluster: H to 688", "backward grid: H to 2048"],
+    [
+        "forward cluster: H 1 to 832",
+        "forward grid: H 1 to 2048",
+        "backward cluster: H 1 to 688",
+        "backward grid: H 1 to 2048",
+    ],
     seeds=20,
 )
 FLOAT = Kernels(
     "cluster_float",
     ("cluster", "grid", "chosen"),
     [
-        "forward cluster, 1 rows: H to 576",
-        "forward cluster, 16 rows: H to 576",
-        "forward grid, 1 rows: H to 1728",
-        "forward grid, 16 rows: H to 1728",
-        "backward cluster, 1 rows: H to 576",
-        "backward cluster, 16 rows: H to 576",
-        "backward grid, 1 rows: H to 1584",
-        "backward grid, 16 rows: H to 1584",
+        "forward cluster, 1 rows: H 2 to 576",
+        "forward cluster, 16 rows: H 2 to 576",
+        "forward grid, 1 rows: H 1 to 1728",
+        "forward grid, 16 rows: H 1 to 1728",
+        "backward cluster, 1 rows: H 5 to 576",
+        "backward cluster, 16 rows: H 5 to 576",
+        "backward grid, 1 rows: H 1 to 1584",
+        "backward grid, 16 rows: H 1 to 1584",
     ],
     also=("cluster_float_backward",),
 )
@@ -50,10 +55,10 @@ VARIANT = Kernels(
     "cluster_variant",
     ("alone", "together"),
     [
-        "cluster, not normalised: H to 528",
-        "grid, not normalised: H to 1728",
-        "cluster, normalised: H to 528",
-        "grid, normalised: H to 1728",
+        "cluster, not normalised: H 2 to 528",
+        "grid, not normalised: H 1 to 1728",
+        "cluster, normalised: H 2 to 528",
+        "grid, normalised: H 1 to 1728",
     ],
     also=("variant",),
     raced="races",
